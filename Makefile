@@ -1,0 +1,61 @@
+# make setup | run | demo | test | check | bench     Variables: PYTHON=python3.12 PORT=5001 PIP_FLAGS="--index-url ..."
+PYTHON ?= python3
+PORT ?= 5000
+PIP_FLAGS ?=
+BIN := .venv/bin
+PY := $(BIN)/python
+
+.DEFAULT_GOAL := help
+.PHONY: help setup dev run demo test check lint bench clean
+
+help:
+	@echo "make run     set up, then start the server on port $(PORT) with the bundled model"
+	@echo "make demo    train a small model, serve it and generate, in under three minutes"
+	@echo "make test    set up with development packages, then run the tests"
+	@echo "make check   ruff, mypy, tests, lines per file"
+	@echo "make bench   measure ours and the peers side by side"
+	@echo "make clean   remove .venv and caches (never out/ or data/)"
+
+$(PY):
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python 3.11 or newer is needed; $(PYTHON) is {v.major}.{v.minor}. Try: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+
+# A stamp per requirements file: a second call installs nothing, a changed file installs again.
+.venv/.setup: requirements.txt | $(PY)
+	$(BIN)/pip install --disable-pip-version-check $(PIP_FLAGS) -r requirements.txt
+	@touch $@
+
+.venv/.dev: requirements-dev.txt .venv/.setup
+	$(BIN)/pip install --disable-pip-version-check $(PIP_FLAGS) -r requirements-dev.txt
+	@touch $@
+
+setup: .venv/.setup
+
+dev: .venv/.dev
+
+run: setup
+	$(PY) api_server.py --port $(PORT)
+
+demo: setup
+	$(PY) demo.py
+
+test: dev
+	$(BIN)/pytest
+
+lint: dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+check: lint test
+	@echo "Lines per file (350 is the limit for code):"
+	@git ls-files '*.py' '*.cpp' | grep -v '^tests/' | xargs wc -l | sort -n | awk '$$2 != "total" && $$1 > 350 {print "too long: " $$2 " " $$1; bad = 1} END {exit bad}'
+	@git ls-files '*.py' '*.cpp' | xargs wc -l | sort -n | tail -8
+
+bench: dev
+	$(PY) -m bench.bench_generate
+	$(PY) -m bench.bench_train
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

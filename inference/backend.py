@@ -1,0 +1,69 @@
+"""Where inference runs, as the web layer sees it: a few methods that an engine in this process satisfies.
+
+Another process or another machine can satisfy them too. No torch here.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from inference.sequence import Generation, SamplingParams
+from storage.registry import ModelReference
+from storage.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, eq=False)
+class ServedModel:
+    """A loaded model, as requests need to know it. Compared by identity: a reload is another one."""
+
+    id: str
+    reference: ModelReference
+    tokenizer: Tokenizer
+    block_size: int
+    vocab_size: int
+    parameters: int
+    runner: str  # "torch", "native"
+    runner_reason: str  # why this runner serves, in words
+    device: str
+    dtype: str
+    fingerprint: str  # of weights, tokenizer, runner and dtype
+    loaded_at: float  # seconds since the epoch
+    load_seconds: float
+
+
+class InferenceBackend(Protocol):
+    """Run models and generate with them. All methods may be called from any thread."""
+
+    def served(self) -> ServedModel | None:
+        """Return the loaded model, or None."""
+        ...
+
+    def submit(
+        self,
+        model: ServedModel,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        request_id: str | None = None,
+    ) -> Generation:
+        """Queue a request on `model`. Raises PromptTooLong, QueueFull, NoModel, EngineDown or ValueError at once."""
+        ...
+
+    def load(self, reference: ModelReference) -> ServedModel:
+        """Load a model beside the current one, then swap. Raises StorageError or LoadInProgress; then nothing changed."""
+        ...
+
+    def unload(self) -> None:
+        """Unload the current model once its running requests have ended. Raises NoModel."""
+        ...
+
+    def info(self) -> dict[str, Any]:
+        """Return queue and engine figures: running, waiting, slots, waiting_tokens, tokens_per_second, heartbeat_age."""
+        ...
+
+    def request(self, request_id: str) -> dict[str, Any] | None:
+        """Return one request's state, position, tokens so far and timings; None when unknown or long over."""
+        ...
+
+    def close(self, drain: float) -> None:
+        """Refuse new requests, wait up to `drain` seconds for running ones, then end them and stop."""
+        ...

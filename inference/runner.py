@@ -1,0 +1,38 @@
+"""The interface between the engine and a model: ragged rows in, logits out.
+
+A step is a list of rows. A row is one token at one position of the sequence in one slot. Prefill,
+decode and any mix of the two are the same call, so that the engine needs no case for either.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class ModelRunner(Protocol):
+    """Own one model's weights and KV cache. Only the engine's thread calls it."""
+
+    name: str  # "torch", "native"
+    device: str  # "cpu", "cuda"
+    dtype: str  # "fp32", "bf16", "int8"
+    slots: int  # rows of the KV cache: the most sequences that can run at once
+    block_size: int  # the longest sequence, in tokens
+    vocab_size: int
+
+    def rows(
+        self, tokens: Sequence[int], slots: Sequence[int], positions: Sequence[int], want: Sequence[int]
+    ) -> "Tensor":
+        """Compute one step and return float32 logits (len(want), vocab_size) of the rows whose indices are in `want`.
+
+        Row i stores the keys and values of tokens[i] at positions[i] of slots[i], and attends to positions
+        0 to positions[i] of that slot. Rows of one slot are neighbours, with positions rising by one; positions
+        below the first must have been computed in earlier calls. A slot is reused by starting again at position 0.
+        The result may live on the runner's device and is valid until the next call.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back weights and cache."""
+        ...

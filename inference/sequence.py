@@ -1,0 +1,190 @@
+"""One request as the engine sees it: how to choose tokens, its state, and the caller's handle. No torch.
+
+A `Sequence` belongs to the engine's thread, a `Generation` to the caller's. They share one queue of
+events and one flag, `cancelled`, which only goes from false to true. Every accepted sequence gets
+any number of `Token` events and then exactly one `Finished`.
+"""
+
+import math
+import queue
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended."""
+
+    STOP = "stop"  # an end-of-text or stop token
+    LENGTH = "length"  # max_new_tokens, or the end of the context
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+class InferenceError(Exception):
+    """The base of what the engine refuses or fails with."""
+
+
+class NoModel(InferenceError):
+    """No model is loaded, or the one asked for is gone."""
+
+
+class LoadInProgress(InferenceError):
+    """Another load is running."""
+
+
+class PromptTooLong(InferenceError):
+    """The prompt does not fit the context."""
+
+
+class QueueFull(InferenceError):
+    """Too many requests or tokens wait; try again after `retry_after` seconds."""
+
+    def __init__(self, message: str, retry_after: int = 1):
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class EngineDown(InferenceError):
+    """The engine is closing or stalled."""
+
+
+def _between(name: str, value: float, low: float, high: float) -> None:
+    if not (math.isfinite(value) and low <= value <= high):
+        raise ValueError(f"{name} is {value}; it must be between {low} and {high}")
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose tokens. Raises ValueError naming field, value and bound."""
+
+    max_new_tokens: int = 150
+    temperature: float = 0.8  # 0, or too small to divide by, is greedy
+    top_k: int = 40  # 0 is off
+    top_p: float = 1.0  # 1 is off
+    min_p: float = 0.0  # 0 is off
+    repetition_penalty: float = (
+        1.0  # divides or multiplies logits of tokens seen in prompt or output (CTRL, arXiv 1909.05858)
+    )
+    presence_penalty: float = 0.0  # subtracted once from logits of tokens in the output
+    frequency_penalty: float = 0.0  # subtracted per occurrence in the output
+
+    seed: int | None = None  # None draws one
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
+
+    stop_token_ids: frozenset[int] = frozenset()  # beside the tokenizer's end-of-text
+    ignore_eos: bool = False  # end-of-text does not end the sequence
+    min_tokens: int = 0  # no end-of-text or stop token before this many
+
+    logprobs: int | None = None  # None: none; N: the chosen token's and the N most probable ones'
+    prompt_logprobs: bool = False  # also for the prompt's tokens
+
+    def __post_init__(self) -> None:
+        _between("max_new_tokens", self.max_new_tokens, 0, 2**31 - 1)
+        _between("temperature", self.temperature, 0.0, 1e6)
+        _between("top_k", self.top_k, 0, 2**31 - 1)
+        _between("top_p", self.top_p, 0.0, 1.0)
+        _between("min_p", self.min_p, 0.0, 1.0)
+        _between("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+        _between("presence_penalty", self.presence_penalty, -100.0, 100.0)
+        _between("frequency_penalty", self.frequency_penalty, -100.0, 100.0)
+        _between("min_tokens", self.min_tokens, 0, self.max_new_tokens)
+        if self.seed is not None:
+            _between("seed", self.seed, 0, 2**63 - 1)
+
+    @property
+    def greedy(self) -> bool:
+        """Say whether the most probable token is always taken."""
+        return self.temperature <= 1e-5 or self.top_k == 1
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token; with logprobs asked for, its own and the most probable ones' (id, logprob)."""
+
+    token_id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The last event of a sequence; `error` says what failed when the reason is ERROR."""
+
+    reason: FinishReason
+    error: str | None = None
+
+
+Event = Token | Finished
+
+
+@dataclass(eq=False)
+class Sequence:
+    """The engine's state of one request. The engine's thread owns everything but `cancelled` and `events`."""
+
+    prompt_ids: list[int]
+    params: SamplingParams
+    id: str = field(default_factory=lambda: "req-" + uuid.uuid4().hex)
+    deadline: float | None = None  # time.monotonic() after which it is cancelled
+    cancelled: bool = False
+    events: "queue.SimpleQueue[Event]" = field(default_factory=queue.SimpleQueue)
+    slot: int | None = None
+    computed: int = 0  # tokens of prompt + output whose keys and values are in the cache
+    output_ids: list[int] = field(default_factory=list)
+    prompt_logprobs: list[Token] = field(default_factory=list)  # for prompt_ids[1:], complete before the first Token
+    cached_tokens: int = 0  # prompt tokens that a cache made it unnecessary to compute
+    submitted_at: float = field(default_factory=time.monotonic)
+    first_token_at: float | None = None
+    finished_at: float | None = None
+    finish_reason: FinishReason | None = None
+
+    @property
+    def in_prefill(self) -> bool:
+        """Say whether prompt tokens are still to be computed."""
+        return self.computed < len(self.prompt_ids)
+
+
+class Generation:
+    """The caller's handle of one request: iterate over its tokens, or cancel it."""
+
+    def __init__(self, sequence: Sequence):
+        self._sequence = sequence
+        self.finish_reason: FinishReason | None = None
+        self.error: str | None = None
+
+    @property
+    def id(self) -> str:
+        """Return the request's id."""
+        return self._sequence.id
+
+    @property
+    def prompt_logprobs(self) -> list[Token]:
+        """Return the prompt's log-probabilities, from its second token on; complete once a token has come."""
+        return self._sequence.prompt_logprobs
+
+    @property
+    def cached_tokens(self) -> int:
+        """Return how many prompt tokens came from a cache."""
+        return self._sequence.cached_tokens
+
+    def cancel(self) -> None:
+        """Ask the engine to stop; a Finished event still comes."""
+        self._sequence.cancelled = True
+
+    def next(self, timeout: float | None = None) -> Event | None:
+        """Return the next event, or None when `timeout` seconds pass without one."""
+        try:
+            event = self._sequence.events.get(timeout=timeout)
+        except queue.Empty:
+            return None
+        if isinstance(event, Finished):
+            self.finish_reason, self.error = event.reason, event.error
+        return event
+
+    def __iter__(self) -> Iterator[Token]:
+        while self.finish_reason is None:
+            event = self.next()
+            if isinstance(event, Token):
+                yield event

@@ -1,0 +1,247 @@
+"""The model: GPT-2 as nanoGPT writes it, with nanoGPT's names.
+
+Read from top to bottom: configuration, layer norm, attention, MLP, block, GPT. One `forward`
+serves training (with targets, it returns the loss) and cached decoding (with a cache, it
+attends to earlier tokens through it). The naive `generate` at the end runs the whole context
+for every token; it is slow and obvious, and it specifies what the inference engine must produce.
+
+This file knows tensors only: no files, no text, no HTTP, and nothing else of this project.
+
+Letters in shape comments: B batch, T time (tokens), C n_embd, nh n_head, hs head size, V vocab_size.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,  # exact; nanoGPT's
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),  # OpenAI's GPT-2 and its name in transformers
+}
+LAYER_NORM_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a model; nanoGPT's `model_args` and two more fields with GPT-2's meaning."""
+
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    block_size: int = 1024
+    vocab_size: int = 50257
+    bias: bool = True  # biases in linears and layer norms
+    dropout: float = 0.0
+    activation: str = "gelu"
+    tied: bool = True  # the head shares the token embedding's weight
+
+    def __post_init__(self) -> None:
+        for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation is {self.activation!r}; it must be one of {', '.join(ACTIVATIONS)}")
+
+    @property
+    def head_size(self) -> int:
+        """Return the width of one attention head."""
+        return self.n_embd // self.n_head
+
+    def model_args(self) -> dict[str, Any]:
+        """Return the fields that nanoGPT's GPTConfig takes, for a checkpoint's `model_args`."""
+        args = asdict(self)
+        del args["activation"], args["tied"]
+        return args
+
+
+class Cache(Protocol):
+    """What attention needs of a KV cache: store this step's keys and values, and attend to all of them."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return the attention output (B, nh, T, hs) of queries (B, nh, T, hs) after adding k and v."""
+        ...
+
+
+class LayerNorm(nn.Module):
+    """Layer norm with an optional bias, which torch's own calls `elementwise_affine` and cannot split."""
+
+    def __init__(self, width: int, bias: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, LAYER_NORM_EPS)
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v in one product
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+        self.n_head, self.head_size, self.dropout, self.layer = config.n_head, config.head_size, config.dropout, layer
+
+    def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
+        B, T, C = x.shape
+        heads = self.c_attn(x).view(B, T, 3, self.n_head, self.head_size)
+        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, nh, T, hs)
+        if cache is None:
+            dropout = self.dropout if self.training else 0.0
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        else:
+            y = cache.attend(self.layer, q, k, v)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+        self.activation = ACTIVATIONS[config.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.c_proj(self.activation(self.c_fc(x))))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.ln_1 = LayerNorm(config.n_embd, config.bias)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = LayerNorm(config.n_embd, config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """A GPT-2 model. Parameter names are nanoGPT's, which are GPT-2's: wte, wpe, h, ln_f, lm_head."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "wpe": nn.Embedding(config.block_size, config.n_embd),
+                "drop": nn.Dropout(config.dropout),
+                "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+                "ln_f": LayerNorm(config.n_embd, config.bias),
+            }
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tied:
+            self.lm_head.weight = self.transformer["wte"].weight
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise as GPT-2: normal(0, 0.02), residual projections scaled by 1/sqrt(2 n_layer), biases 0."""
+        residual = 0.02 / math.sqrt(2 * self.config.n_layer)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                nn.init.normal_(p, std=residual if name.endswith("c_proj.weight") else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device of the weights."""
+        return self.lm_head.weight.device
+
+    def num_params(self, embeddings: bool = True) -> int:
+        """Return the number of parameters, the position embedding left out if not `embeddings` (as nanoGPT counts)."""
+        n = sum(p.numel() for p in self.parameters())
+        return n if embeddings else n - self.transformer["wpe"].weight.numel()
+
+    def flops_per_token(self, T: int) -> int:
+        """Return the floating point operations of forward and backward for one token in a context of T.
+
+        Formula: 6 N + 12 n_layer C T, PaLM (arXiv 2204.02311), appendix B; N counts no position embedding.
+        """
+        return 6 * self.num_params(embeddings=False) + 12 * self.config.n_layer * self.config.n_embd * T
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Return optimizer groups: matrices and embeddings decay, biases and layer norms do not."""
+        params = [p for p in self.parameters() if p.requires_grad]
+        return [
+            {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+        ]
+
+    def hidden(self, idx: Tensor, cache: Cache | None = None, positions: Tensor | None = None) -> Tensor:
+        """Return the final hidden states (B, T, C) of token ids (B, T), after the last layer norm.
+
+        `positions` (B, T) are needed with a cache, where a row may start anywhere in its context; without
+        one they are 0 to T-1. Raises ValueError when T exceeds the context.
+        """
+        B, T = idx.shape
+        if positions is None:
+            if T > self.config.block_size:
+                raise ValueError(f"{T} tokens do not fit the context of {self.config.block_size}")
+            positions = torch.arange(T, device=idx.device)
+        x = self.transformer["wte"](idx) + self.transformer["wpe"](positions)
+        x = self.transformer["drop"](x)
+        for block in self.transformer["h"]:
+            x = block(x, cache)
+        return self.transformer["ln_f"](x)
+
+    def forward(
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        cache: Cache | None = None,
+        positions: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return logits (B, T, V) and, with targets (B, T), their mean cross-entropy in nats; target -1 is left out."""
+        logits = self.lm_head(self.hidden(idx, cache, positions))
+        if targets is None:
+            return logits, None
+        loss = F.cross_entropy(logits.view(-1, logits.size(-1)).float(), targets.view(-1), ignore_index=-1)
+        return logits, loss
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+        eot: int | None = None,
+    ) -> Tensor:
+        """Continue token ids (1, T) one at a time, without a cache; return (1, T + new).
+
+        Temperature 0 is greedy. Ends after `max_new_tokens`, at the end of the context, or after the token `eot`.
+        """
+        self.eval()
+        for _ in range(min(max_new_tokens, self.config.block_size - idx.size(1))):
+            logits = self(idx)[0][:, -1].float()  # (1, V)
+            if temperature == 0:
+                token = logits.argmax(-1, keepdim=True)
+            else:
+                logits = logits / temperature
+                if top_k is not None and top_k < logits.size(-1):
+                    kth = logits.topk(top_k).values[:, [-1]]
+                    logits = logits.masked_fill(logits < kth, -math.inf)
+                token = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+            idx = torch.cat((idx, token), dim=1)
+            if eot is not None and token.item() == eot:
+                break
+        return idx

@@ -1,0 +1,1 @@
+"""Files: the only package that knows paths and file formats."""

@@ -1,0 +1,1 @@
+"""Training jobs: their configuration, queue and records. No torch, no Flask."""

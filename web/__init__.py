@@ -1,0 +1,1 @@
+"""HTTP: routes, schemas, errors, streams. Flask only, no torch."""
