@@ -1,0 +1,238 @@
+"""Files on disk: names that clients may give, and files that are either whole or not there.
+
+A name from a client is matched against one pattern and then opened step by step from a trusted folder,
+never following a link (`open_regular`). A file is replaced by writing another one beside it, syncing it,
+checking it and renaming it (`replace_file`), so that a crash at any moment leaves the old or the new one.
+
+This file knows no format but JSON, and nothing of runs, models or datasets.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from storage.errors import BadName, NoSpace, NotFound, NotLoadable
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # of runs, datasets, models, and of each part of a path
+NAME_RULE = "a name has 1 to 64 letters, digits, '.', '_' or '-' and begins with a letter or digit"
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
+JSON_LIMIT = 16 * 2**20
+
+_OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # never a link, never waiting for a FIFO's writer
+
+
+def quoted(value: object) -> str:
+    """Return `value` for a message: quoted, escaped to ASCII and at most 80 characters long."""
+    text = json.dumps(value) if isinstance(value, str) else ascii(value)
+    return text if len(text) <= 80 else text[:76] + "..." + text[0]
+
+
+def check_name(kind: str, value: object) -> str:
+    """Return `value` if it is a name that a client may give to a `kind` of thing; raise BadName if not."""
+    if not isinstance(value, str) or not NAME.fullmatch(value):
+        raise BadName(f"{kind} is {quoted(value)}; {NAME_RULE}")
+    return value
+
+
+# ---- opening
+
+
+def _explain(error: OSError, name: str) -> Exception:
+    if error.errno == errno.ENOENT:
+        return NotFound(f"{name} does not exist")
+    if error.errno == errno.ELOOP:
+        return NotLoadable(f"{name} is a link; links are not followed")
+    if error.errno == errno.ENXIO:
+        return NotLoadable(f"{name} is not a regular file")
+    return NotLoadable(f"{name} cannot be read: {os.strerror(error.errno or 0)}")
+
+
+def _require_kind(mode: int, name: str, wanted: Callable[[int], bool], noun: str) -> None:
+    if stat.S_ISLNK(mode):
+        raise NotLoadable(f"{name} is a link; links are not followed")
+    if not wanted(mode):
+        found = "a folder" if stat.S_ISDIR(mode) else "a file" if stat.S_ISREG(mode) else "a special file"
+        raise NotLoadable(f"{name} is {found}, not {noun}")
+
+
+@contextlib.contextmanager
+def _parent(root: Path, parts: Sequence[str]) -> Iterator[int]:
+    """Open the folder that holds the last of `parts`, walking down from `root` without following links."""
+    for part in parts:
+        check_name("path", part)
+    name = "/".join([root.name, *parts])
+    try:
+        folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)  # `root` is ours and may be a link
+    except OSError as e:
+        raise _explain(e, name) from None
+    try:
+        for part in parts[:-1]:
+            _require_kind(os.stat(part, dir_fd=folder, follow_symlinks=False).st_mode, part, stat.S_ISDIR, "a folder")
+            below = os.open(part, _OPEN | os.O_DIRECTORY, dir_fd=folder)
+            os.close(folder)
+            folder = below
+        yield folder
+    except OSError as e:
+        raise _explain(e, name) from None
+    finally:
+        os.close(folder)
+
+
+def look_up(root: Path, parts: Sequence[str]) -> os.stat_result:
+    """Return what is at root/parts without following links; raises BadName, NotFound or NotLoadable (a link)."""
+    with _parent(root, parts) as folder:
+        found = os.stat(parts[-1], dir_fd=folder, follow_symlinks=False)
+        if stat.S_ISLNK(found.st_mode):
+            raise NotLoadable(f"{'/'.join([root.name, *parts])} is a link; links are not followed")
+        return found
+
+
+def open_regular(root: Path, parts: Sequence[str]) -> int:
+    """Open the regular file root/parts for reading without following links; return its descriptor.
+
+    Raises BadName for a part that is no name, NotFound, and NotLoadable for links, folders and special files.
+    """
+    with _parent(root, parts) as folder:
+        return open_descriptor(parts[-1], folder)
+
+
+def open_descriptor(name: str | Path, folder: int | None = None, follow: bool = False) -> int:
+    """Open a regular file (in the open folder `folder`) for reading; return its descriptor.
+
+    A link is followed only if `follow`. Raises NotFound and NotLoadable.
+    """
+    shown = os.path.basename(name)
+    try:
+        descriptor = os.open(name, _OPEN & ~os.O_NOFOLLOW if follow else _OPEN, dir_fd=folder)
+    except OSError as e:
+        raise _explain(e, shown) from None
+    try:
+        _require_kind(os.fstat(descriptor).st_mode, shown, stat.S_ISREG, "a file")
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+# ---- JSON
+
+
+def _refuse_constant(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def parse_json(data: bytes, name: str) -> Any:
+    """Return the value of strict JSON; NotLoadable, naming `name`, for anything else."""
+    try:
+        return json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+    except RecursionError:
+        raise NotLoadable(f"{name} is nested too deeply") from None
+    except ValueError as e:  # JSON, UTF-8 and integers of more than 4300 digits
+        reason = str(e).encode("ascii", "backslashreplace").decode()[:100]
+        raise NotLoadable(f"{name} is not valid JSON: {reason}") from None
+
+
+def read_bytes(path: str | Path, limit_bytes: int, follow: bool = False) -> bytes:
+    """Return a regular file's content; raises NotFound, and NotLoadable for a larger file or another kind."""
+    descriptor = open_descriptor(path, follow=follow)
+    with open(descriptor, "rb", buffering=0) as f:
+        if os.fstat(descriptor).st_size > limit_bytes:
+            raise NotLoadable(f"{os.path.basename(path)} is larger than {limit_bytes} bytes")
+        pieces = []
+        while piece := f.read(limit_bytes + 1):
+            pieces.append(piece)
+            limit_bytes -= len(piece)
+            if limit_bytes < 0:  # it grew while it was read
+                raise NotLoadable(f"{os.path.basename(path)} is larger than it may be")
+    return b"".join(pieces)
+
+
+def read_json(path: str | Path, limit_bytes: int = JSON_LIMIT) -> Any:
+    """Return the value in a JSON file; raises NotFound, and NotLoadable for what is not strict JSON."""
+    return parse_json(read_bytes(path, limit_bytes), os.path.basename(path))
+
+
+def write_json(path: Path, obj: Any) -> None:
+    """Replace a JSON file by `obj`; raises ValueError for NaN and infinities, which are not JSON."""
+    data = json.dumps(obj, indent=2, allow_nan=False).encode("ascii") + b"\n"
+    replace_file(path, lambda f: write_all(f, data))
+
+
+# ---- writing
+
+
+def write_all(f: BinaryIO, data: bytes) -> None:
+    """Write all of `data`, for the `write` of replace_file."""
+    f.write(data)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the folder's entries durable: a rename is not, before this."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def temporary_beside(path: Path) -> Path:
+    """Return a new path in the same folder that no NAME can equal and sweep_temporary finds."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+
+
+def replace_file(path: Path, write: Callable[[BinaryIO], None], verify: Callable[[Path], None] | None = None) -> None:
+    """Replace `path` by what `write` writes, durably, or change nothing.
+
+    Order: temporary file in the same folder, write, fsync, `verify(temporary)`, rename, fsync of the folder.
+    Whatever raises on the way, a failed fsync too, is a failed write: the temporary file is removed, the old
+    file stays. A full disk raises NoSpace, other failures of the system OSError.
+    """
+    temporary = temporary_beside(path)
+    try:
+        with open(temporary, "xb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        if verify is not None:
+            verify(temporary)
+        os.replace(temporary, path)
+    except BaseException as e:
+        temporary.unlink(missing_ok=True)
+        if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpace(f"the disk is full: {path.name} could not be written") from e
+        raise
+    sync_folder(path.parent)
+
+
+def sweep_temporary(folder: Path) -> None:
+    """Remove what interrupted writes left in `folder`; for its only writer to call when it starts."""
+    if not folder.is_dir():
+        return
+    for entry in os.scandir(folder):
+        if TEMPORARY.fullmatch(entry.name):
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path, ignore_errors=True)
+            else:
+                os.unlink(entry.path)
+
+
+def free_bytes(path: Path) -> int:
+    """Return the bytes free for us on the disk of `path`, or of its nearest folder that exists."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def require_space(path: Path, needed: int) -> None:
+    """Raise NoSpace unless `needed` bytes are free on the disk of `path`."""
+    free = free_bytes(path)
+    if free < needed:
+        raise NoSpace(f"{needed / 1e6:,.0f} MB are needed and the disk has {free / 1e6:,.0f} MB free")
