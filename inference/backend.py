@@ -5,11 +5,13 @@ Another process or another machine can satisfy them too. No torch here.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from inference.sequence import Generation, SamplingParams
-from storage.registry import ModelReference
-from storage.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from storage.registry import ModelReference
+    from storage.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,8 +19,8 @@ class ServedModel:
     """A loaded model, as requests need to know it. Compared by identity: a reload is another one."""
 
     id: str
-    reference: ModelReference
-    tokenizer: Tokenizer
+    reference: "ModelReference"
+    tokenizer: "Tokenizer"
     block_size: int
     vocab_size: int
     parameters: int
@@ -45,11 +47,17 @@ class InferenceBackend(Protocol):
         params: SamplingParams,
         request_id: str | None = None,
     ) -> Generation:
-        """Queue a request on `model`. Raises PromptTooLong, QueueFull, NoModel, EngineDown or ValueError at once."""
+        """Queue a request on `model`. Raises PromptTooLong, QueueFull, NoModel, EngineDown or ValueError at once.
+
+        `request_id` names it for `request()`; one that is still at work here is a ValueError.
+        """
         ...
 
-    def load(self, reference: ModelReference) -> ServedModel:
-        """Load a model beside the current one, then swap. Raises StorageError or LoadInProgress; then nothing changed."""
+    def load(self, reference: "ModelReference") -> ServedModel:
+        """Load a model beside the current one, then swap.
+
+        Raises StorageError, LoadInProgress, EngineDown or ValueError; then nothing changed.
+        """
         ...
 
     def unload(self) -> None:
@@ -57,7 +65,11 @@ class InferenceBackend(Protocol):
         ...
 
     def info(self) -> dict[str, Any]:
-        """Return queue and engine figures: running, waiting, slots, waiting_tokens, tokens_per_second, heartbeat_age."""
+        """Return queue and engine figures.
+
+        At least running, waiting, slots, waiting_tokens, tokens_per_second and heartbeat_age (seconds since the
+        engine last said that it works; a healthy one stays below a few).
+        """
         ...
 
     def request(self, request_id: str) -> dict[str, Any] | None:

@@ -6,7 +6,9 @@ any number of `Token` events and then exactly one `Finished`.
 """
 
 import math
+import os
 import queue
+import random
 import time
 import uuid
 from collections.abc import Iterator
@@ -65,9 +67,7 @@ class SamplingParams:
     top_k: int = 40  # 0 is off
     top_p: float = 1.0  # 1 is off
     min_p: float = 0.0  # 0 is off
-    repetition_penalty: float = (
-        1.0  # divides or multiplies logits of tokens seen in prompt or output (CTRL, arXiv 1909.05858)
-    )
+    repetition_penalty: float = 1.0  # of tokens in prompt or output: divides or multiplies logits (arXiv 1909.05858)
     presence_penalty: float = 0.0  # subtracted once from logits of tokens in the output
     frequency_penalty: float = 0.0  # subtracted per occurrence in the output
 
@@ -93,6 +93,10 @@ class SamplingParams:
         _between("min_tokens", self.min_tokens, 0, self.max_new_tokens)
         if self.seed is not None:
             _between("seed", self.seed, 0, 2**63 - 1)
+        if self.logprobs is not None:
+            _between("logprobs", self.logprobs, 0, 2**31 - 1)
+        for token_id, bias in self.logit_bias:
+            _between(f"logit_bias of token {token_id}", bias, -1e4, 1e4)
 
     @property
     def greedy(self) -> bool:
@@ -122,12 +126,18 @@ Event = Token | Finished
 
 @dataclass(eq=False)
 class Sequence:
-    """The engine's state of one request. The engine's thread owns everything but `cancelled` and `events`."""
+    """The engine's state of one request. The engine's thread owns everything but `cancelled` and `events`.
+
+    A token that ends the text (end-of-text, or one of `stop_token_ids`) is put as a Token, since it was
+    computed and counts in the usage; the Finished with STOP that follows tells the text layer to drop it.
+    """
 
     prompt_ids: list[int]
     params: SamplingParams
+    stop_ids: frozenset[int] = frozenset()  # the params' and, unless ignored, the tokenizer's end-of-text
+    output_limit: int = 0  # max_new_tokens, or less where the context ends first
     id: str = field(default_factory=lambda: "req-" + uuid.uuid4().hex)
-    deadline: float | None = None  # time.monotonic() after which it is cancelled
+    deadline: float | None = None  # time.monotonic() after which it ends with an error
     cancelled: bool = False
     events: "queue.SimpleQueue[Event]" = field(default_factory=queue.SimpleQueue)
     slot: int | None = None
@@ -135,10 +145,25 @@ class Sequence:
     output_ids: list[int] = field(default_factory=list)
     prompt_logprobs: list[Token] = field(default_factory=list)  # for prompt_ids[1:], complete before the first Token
     cached_tokens: int = 0  # prompt tokens that a cache made it unnecessary to compute
-    submitted_at: float = field(default_factory=time.monotonic)
+    submitted_at: float = field(default_factory=time.monotonic)  # this and the next three: time.monotonic()
+    started_at: float | None = None  # when it got a slot
     first_token_at: float | None = None
     finished_at: float | None = None
     finish_reason: FinishReason | None = None
+    seed: int = field(init=False)  # the params', or the one drawn; one request, one seed, one text
+    generator: random.Random = field(init=False, repr=False)  # one number per sampled token
+
+    def __post_init__(self) -> None:
+        seed = self.params.seed
+        self.seed = int.from_bytes(os.urandom(6)) if seed is None else seed
+        self.generator = random.Random(self.seed)
+
+    @property
+    def state(self) -> str:
+        """Return "waiting", "running" or "finished"."""
+        if self.finished_at is not None:
+            return "finished"
+        return "waiting" if self.started_at is None else "running"
 
     @property
     def in_prefill(self) -> bool:

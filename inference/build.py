@@ -1,0 +1,83 @@
+"""Choose and build the runner of a loaded model: native where it can serve, torch everywhere."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from inference.torch_runner import TorchRunner
+from model import GPT
+
+if TYPE_CHECKING:
+    from inference.runner import ModelRunner
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+PRECISIONS = ("auto", "fp32", "bf16", "int8")
+
+
+@dataclass(frozen=True)
+class RunnerOptions:
+    """What the user asks of a runner. Raises ValueError naming the option and what it may be."""
+
+    device: str = "auto"
+    dtype: str = "auto"
+    slots: int = 16
+    threads: int | None = None  # None: as many as torch takes
+
+    def __post_init__(self) -> None:
+        if self.device not in DEVICES:
+            raise ValueError(f"device is {self.device!r}; it must be one of {', '.join(DEVICES)}")
+        if self.dtype not in PRECISIONS:
+            raise ValueError(f"dtype is {self.dtype!r}; it must be one of {', '.join(PRECISIONS)}")
+        for name, value in (("slots", self.slots), ("threads", self.threads)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+
+
+def pick_device(asked: str) -> str:
+    """Return the torch device for `asked`. Raises ValueError when this machine has no such device."""
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if asked == "auto":
+        return "cuda" if present["cuda"] else "mps" if present["mps"] else "cpu"
+    if not present[asked]:
+        raise ValueError(f"device is {asked!r}, but torch finds none here")
+    return asked
+
+
+def fingerprint(model: GPT) -> str:
+    """Return a short hash of a model's shape and weights; about a second per 2 GB."""
+    digest = hashlib.sha256(repr(model.config).encode())
+    for name, p in model.named_parameters():
+        digest.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
+        digest.update(memoryview(p.detach().cpu().contiguous().view(torch.uint8).numpy()))
+    return digest.hexdigest()[:12]
+
+
+def _native(model: GPT, options: RunnerOptions) -> tuple["ModelRunner | None", str]:
+    """Return the native runner and why it serves, or None and why not."""
+    try:
+        from inference.native_runner import NativeRunner
+    except ModuleNotFoundError:
+        return None, "no native runner"
+    reason = NativeRunner.unsupported(model.config, options)
+    if reason is not None:
+        return None, reason
+    return NativeRunner(model, options), "the native runner supports this model and this CPU"
+
+
+def build_runner(model: GPT, options: RunnerOptions) -> tuple["ModelRunner", str]:
+    """Return the runner that serves `model` best, and why it was chosen. It takes the model over.
+
+    Raises ValueError when no runner here has what the options ask for.
+    """
+    runner, reason = _native(model, options)
+    if runner is not None:
+        return runner, reason
+    device = pick_device(options.device)
+    dtype = options.dtype
+    if dtype == "auto":
+        dtype = "bf16" if device == "cuda" else "fp32"
+    if dtype == "int8":
+        raise ValueError(f"dtype is 'int8', which only the native runner has; it does not serve here: {reason}")
+    return TorchRunner(model, options.slots, device, dtype), reason

@@ -1,0 +1,342 @@
+"""The engine: one thread that runs every request on the loaded model, a step at a time.
+
+For ever: take the inbox (block only when idle), end what was cancelled, let the scheduler admit,
+compute one ragged step, sample, emit. The thread owns the lanes (one per loaded model); callers own
+their `Generation`. They share a message inbox, each sequence's events and its `cancelled` flag.
+A message is a function that the engine's thread runs. Knows token ids only: no text, no HTTP.
+"""
+
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from inference import sequence as seq
+from inference.admission import Admission
+from inference.backend import ServedModel
+from inference.build import RunnerOptions, build_runner, fingerprint
+from inference.lane import Lane
+from inference.sequence import Generation, SamplingParams
+
+if TYPE_CHECKING:
+    from storage.checkpoints import Loaded
+
+    from inference.runner import ModelRunner
+    from model import GPT
+    from storage.registry import ModelReference
+    from storage.runs import Workspace
+
+    Loader = Callable[[ModelReference, Workspace], Loaded]
+    Builder = Callable[[GPT, RunnerOptions], tuple[ModelRunner, str]]
+
+logger = logging.getLogger(__name__)
+
+IDLE_BEAT = 0.5  # seconds between heartbeats while there is nothing to do
+RATE_WINDOW = 10.0  # seconds over which tokens_per_second is taken
+SHUTTING_DOWN = "The server is shutting down."
+ENGINE_FAILED = "The server failed."
+
+
+class Rate:
+    """Tokens per second over the last seconds; written by the engine's thread, read by any."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._steps: deque[tuple[float, int]] = deque(maxlen=4096)
+
+    def add(self, tokens: int) -> None:
+        """Count the tokens of one step."""
+        with self._lock:
+            self._steps.append((time.monotonic(), tokens))
+
+    def per_second(self) -> float:
+        """Return tokens per second of the time since the window, or the first step in it, began."""
+        now = time.monotonic()
+        with self._lock:
+            recent = [(t, n) for t, n in self._steps if now - t <= RATE_WINDOW]
+        if not recent:
+            return 0.0
+        return sum(n for _, n in recent) / max(now - recent[0][0], 0.1)
+
+
+class Engine:
+    """Serve one model at a time to any number of threads; satisfies InferenceBackend.
+
+    `loader` and `build` stand between files and runners; tests put theirs in. No model is loaded at first.
+    """
+
+    def __init__(
+        self,
+        workspace: "Workspace",
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        slots: int = 16,
+        threads: int | None = None,
+        max_waiting: int = 256,
+        max_waiting_tokens: int = 256 * 1024,
+        prefill_tokens: int = 512,
+        request_timeout: float | None = 600.0,
+        loader: "Loader | None" = None,
+        build: "Builder" = build_runner,
+    ):
+        self._workspace, self._build = workspace, build
+        self._loader = _load_model if loader is None else loader
+        self._options = RunnerOptions(device, dtype, slots, threads)
+        self._prefill_tokens, self._request_timeout = prefill_tokens, request_timeout
+        self._admission = Admission(max_waiting, max_waiting_tokens)
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # guards the next three; a lane leaves `_lanes` only with the inbox empty
+        self._lanes: dict[ServedModel, Lane] = {}
+        self._current: ServedModel | None = None
+        self._closing = False
+        self._loading = threading.Lock()
+        self._stopped = False  # the engine's thread alone writes it, and the next four
+        self._beat = time.monotonic()
+        self._steps = self._tokens = 0
+        self._rate = Rate()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    # --- for any thread ---
+
+    def served(self) -> ServedModel | None:
+        """Return the loaded model, or None."""
+        return self._current
+
+    def submit(
+        self,
+        model: ServedModel,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        request_id: str | None = None,
+    ) -> Generation:
+        """Queue a request; see `InferenceBackend.submit`."""
+        sequence = self._sequence(model, list(prompt_ids), params)
+        if request_id is not None:
+            sequence.id = request_id
+        with self._lock:
+            if self._closing:
+                raise seq.EngineDown(SHUTTING_DOWN)
+            lane = self._lanes.get(model)
+            if lane is None:
+                raise seq.NoModel(f"The model {model.id} is no longer loaded.")
+            self._admission.enter(sequence)
+            self._inbox.put(partial(lane.add, sequence))
+        return Generation(sequence)
+
+    def _sequence(self, model: ServedModel, prompt_ids: list[int], params: SamplingParams) -> seq.Sequence:
+        """Check a request against the model. Raises PromptTooLong or ValueError."""
+        vocab_size = min(model.vocab_size, model.tokenizer.n_vocab)
+        if not prompt_ids:
+            raise ValueError("prompt_ids is empty; a prompt has at least one token")
+        _check_ids("prompt_ids", prompt_ids, vocab_size)
+        _check_ids("logit_bias", [token_id for token_id, _ in params.logit_bias], vocab_size)
+        _check_ids("stop_token_ids", params.stop_token_ids, vocab_size)
+        room = model.block_size - len(prompt_ids)
+        if room < min(1, params.max_new_tokens):
+            raise seq.PromptTooLong(
+                f"This model's maximum context length is {model.block_size} tokens, "
+                f"however the prompt has {len(prompt_ids)} tokens"
+            )
+        eot = model.tokenizer.eot
+        stop_ids = params.stop_token_ids | (set() if params.ignore_eos or eot is None else {eot})
+        timeout = self._request_timeout
+        return seq.Sequence(
+            prompt_ids,
+            params,
+            stop_ids=stop_ids,
+            output_limit=min(params.max_new_tokens, room),
+            deadline=None if timeout is None else time.monotonic() + timeout,
+        )
+
+    def load(self, reference: "ModelReference") -> ServedModel:
+        """Load a model beside the current one, then swap; see `InferenceBackend.load`."""
+        if not self._loading.acquire(blocking=False):
+            raise seq.LoadInProgress("Another model is being loaded; try again when it is done.")
+        try:
+            lane = self._prepare(reference)
+            if not self._tell(partial(self._swap, lane)):
+                lane.close()
+                raise seq.EngineDown(SHUTTING_DOWN)
+            return lane.served
+        finally:
+            self._loading.release()
+
+    def unload(self) -> None:
+        """Retire the current model; its memory is returned once its requests have ended. Raises NoModel."""
+        with self._lock:
+            if self._current is None:
+                raise seq.NoModel("No model is loaded.")
+            self._lanes[self._current].retired = True
+            self._current = None
+        self._inbox.put(_nothing)  # wake an idle thread
+
+    def info(self) -> dict[str, Any]:
+        """Return queue and engine figures."""
+        admission, current = self._admission, self._current
+        lane = None if current is None else self._lanes.get(current)
+        return {
+            "running": admission.running,
+            "waiting": admission.waiting,
+            "waiting_tokens": admission.waiting_tokens,
+            "max_waiting": admission.max_waiting,
+            "max_waiting_tokens": admission.max_waiting_tokens,
+            "finished": admission.finished,
+            "slots": self._options.slots if lane is None else lane.runner.slots,
+            "tokens_per_second": round(self._rate.per_second(), 2),
+            "steps": self._steps,
+            "tokens": self._tokens,
+            "models": len(self._lanes),  # more than one while a replaced one ends its requests
+            "loading": self._loading.locked(),
+            "heartbeat_age": max(0.0, time.monotonic() - self._beat),
+        }
+
+    def request(self, request_id: str) -> dict[str, Any] | None:
+        """Return one request's state and figures, or None."""
+        return self._admission.describe(request_id)
+
+    def close(self, drain: float) -> None:
+        """Refuse new requests, end waiting ones, give running ones `drain` seconds, then stop."""
+        with self._lock:
+            self._closing = True
+            self._inbox.put(self._end_waiting)
+        self._admission.wait_empty(drain)
+        self._inbox.put(self._stop)
+        self._thread.join(timeout=5.0)
+        if self._thread.is_alive():
+            logger.error("the engine's thread did not stop; it may be stuck in a step")
+
+    # --- loading, in the thread of the caller of load() ---
+
+    def _prepare(self, reference: "ModelReference") -> Lane:
+        """Read a model, build its runner and try it. Raises what the loader raises."""
+        started = time.monotonic()
+        loaded = self._loader(reference, self._workspace)
+        model, tokenizer = loaded.model, loaded.tokenizer
+        parameters, weights = model.num_params(), fingerprint(model)
+        runner, reason = self._build(model, self._options)
+        del model, loaded
+        served = ServedModel(
+            id=reference.id,
+            reference=reference,
+            tokenizer=tokenizer,
+            block_size=runner.block_size,
+            vocab_size=runner.vocab_size,
+            parameters=parameters,
+            runner=runner.name,
+            runner_reason=reason,
+            device=runner.device,
+            dtype=runner.dtype,
+            fingerprint=f"fp_{weights}_{tokenizer.fingerprint[:6]}_{runner.name}_{runner.dtype}",
+            loaded_at=time.time(),
+            load_seconds=time.monotonic() - started,
+        )
+        try:
+            runner.rows([0], [0], [0], [0])  # what cannot compute one row must not replace what can
+        except BaseException:
+            runner.close()
+            raise
+        logger.info("loaded %s (%s, %s, %s)", served.id, served.runner, served.device, served.dtype)
+        return Lane(served, runner, self._admission, self._prefill_tokens)
+
+    def _tell(self, message: Callable[[], bool]) -> bool:
+        """Have the engine's thread run `message` and return its answer; False when it runs no more."""
+        answers: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._inbox.put(lambda: answers.put(message()))
+        while self._thread.is_alive():
+            with contextlib.suppress(queue.Empty):
+                return answers.get(timeout=0.2)
+        return False
+
+    # --- the engine's thread ---
+
+    def _run(self) -> None:
+        if self._options.threads is not None:
+            torch.set_num_threads(self._options.threads)
+        while not self._stopped:
+            try:
+                self._turn()
+            except Exception:  # a step handles its own failures: this is a fault of the engine itself
+                logger.exception("the engine failed; its requests end, it goes on")
+                for lane in self._lanes.values():
+                    lane.finish_all(ENGINE_FAILED)
+        for lane in self._lanes.values():
+            lane.finish_all(SHUTTING_DOWN)
+            lane.close()
+        self._lanes.clear()
+
+    def _turn(self) -> None:
+        self._beat = time.monotonic()
+        self._take_inbox()
+        for lane in list(self._lanes.values()):
+            lane.sweep()
+            if lane.busy:
+                tokens = lane.step()
+                self._rate.add(tokens)
+                self._steps += 1
+                self._tokens += tokens
+            elif lane.retired:
+                self._close_lane(lane)
+
+    def _take_inbox(self) -> None:
+        """Run the messages; with nothing to compute, wait for one until the next heartbeat is due."""
+        idle = not any(lane.busy or lane.retired for lane in self._lanes.values())
+        try:
+            message = self._inbox.get(block=idle, timeout=IDLE_BEAT if idle else None)
+            while True:
+                message()
+                message = self._inbox.get_nowait()
+        except queue.Empty:
+            return
+
+    def _swap(self, lane: Lane) -> bool:
+        """Let `lane` serve from now on; False when the engine is closing."""
+        with self._lock:
+            if self._closing:
+                return False
+            if self._current is not None:
+                self._lanes[self._current].retired = True
+            self._lanes[lane.served] = lane
+            self._current = lane.served
+            return True
+
+    def _close_lane(self, lane: Lane) -> None:
+        """Close a retired lane that has nothing left, unless a request for it has just come in."""
+        with self._lock:
+            if not self._inbox.empty():
+                return
+            del self._lanes[lane.served]
+        lane.close()
+        logger.info("closed %s", lane.served.id)
+
+    def _end_waiting(self) -> None:
+        for lane in self._lanes.values():
+            for sequence in list(lane.scheduler.waiting):
+                lane.finish(sequence, seq.FinishReason.ERROR, SHUTTING_DOWN)
+
+    def _stop(self) -> None:
+        self._stopped = True
+
+
+def _check_ids(name: str, ids: "Sequence[int] | frozenset[int]", vocab_size: int) -> None:
+    for token_id in ids:
+        if not 0 <= token_id < vocab_size:
+            raise ValueError(f"{name} has token id {token_id}; ids must be between 0 and {vocab_size - 1}")
+
+
+def _load_model(reference: "ModelReference", workspace: "Workspace") -> "Loaded":
+    from storage.checkpoints import load_model
+
+    return load_model(reference, workspace)
+
+
+def _nothing() -> None:
+    pass

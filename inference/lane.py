@@ -1,0 +1,146 @@
+"""One loaded model at work: its runner, its scheduler, and the step that turns rows into tokens.
+
+Owned by the engine's thread. A lane that a newer model has replaced is retired: it runs what it has
+accepted to the end and is then closed. `finish` is the one way out for every sequence.
+"""
+
+import ctypes
+import gc
+import logging
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from inference.admission import Admission
+from inference.backend import ServedModel
+from inference.sampling import sample, score
+from inference.scheduler import Scheduler, Share, Step
+from inference.sequence import Finished, FinishReason, Sequence, Token
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from inference.runner import ModelRunner
+
+logger = logging.getLogger(__name__)
+
+STEP_FAILED = "The server failed while it computed this request."
+NOT_A_NUMBER = "The model's output for this request was not a number."
+OUT_OF_TIME = "The request took longer than the server allows."
+
+
+class Lane:
+    """Run the sequences of one model."""
+
+    def __init__(self, served: ServedModel, runner: "ModelRunner", admission: Admission, prefill_tokens: int):
+        self.served, self.runner, self.admission = served, runner, admission
+        self.scheduler = Scheduler(runner.slots, prefill_tokens)
+        self.vocab_size = min(served.vocab_size, served.tokenizer.n_vocab)  # ids above are padding: no text
+        self.retired = False  # a newer model serves; this one ends what it has
+
+    @property
+    def busy(self) -> bool:
+        """Say whether there is anything to compute."""
+        return self.scheduler.busy
+
+    def add(self, sequence: Sequence) -> None:
+        """Take a sequence in; one that wants nothing ends at once."""
+        self.scheduler.add(sequence)
+        if sequence.output_limit == 0 and not sequence.params.prompt_logprobs:
+            self.finish(sequence, FinishReason.LENGTH)
+
+    def sweep(self) -> None:
+        """End what was cancelled or took too long, waiting or running."""
+        now = time.monotonic()
+        for sequence in [*self.scheduler.waiting, *self.scheduler.running]:
+            if sequence.cancelled:
+                self.finish(sequence, FinishReason.CANCELLED)
+            elif sequence.deadline is not None and now > sequence.deadline:
+                self.finish(sequence, FinishReason.ERROR, OUT_OF_TIME)
+
+    def step(self) -> int:
+        """Compute one step and emit its tokens; return how many. A failure ends the sequences in it, no other."""
+        for sequence in self.scheduler.admit(time.monotonic()):
+            self.admission.started(sequence)
+        step = self.scheduler.next_step()
+        if step is None:
+            return 0
+        started = time.monotonic()
+        try:
+            tokens = self._compute(step)
+        except Exception:
+            logger.exception("a step of %d sequences failed", len(step.shares))
+            for share in step.shares:
+                self.finish(share.sequence, FinishReason.ERROR, STEP_FAILED)
+            return 0
+        prefilled = len(step.tokens) - step.decoding
+        self.scheduler.budget.observe(step.decoding, prefilled, time.monotonic() - started)
+        for share, token in zip(step.shares, tokens, strict=True):
+            self._emit(share, token)
+        return sum(share.samples for share in step.shares)
+
+    def _compute(self, step: Step) -> list[Token | None]:
+        """Return the token that each share has chosen; None where it chose none, or its logits are unsound."""
+        logits = self.runner.rows(step.tokens, step.slots, step.positions, step.want)[:, : self.vocab_size]
+        row, last = 0, []
+        for share in step.shares:
+            if share.scores:
+                self._score(share, logits[row : row + share.scores])
+            row += share.scores + share.samples
+            if share.samples:
+                last.append(row - 1)
+        step.advance()
+        if not last:
+            return [None] * len(step.shares)
+        chosen = iter(
+            sample(
+                logits if len(last) == len(logits) else logits[last],
+                [share.sequence for share in step.shares if share.samples],
+            )
+        )
+        return [next(chosen) if share.samples else None for share in step.shares]
+
+    def _score(self, share: Share, logits: "Tensor") -> None:
+        """Append the log-probabilities of the prompt's next tokens."""
+        sequence = share.sequence
+        first = sequence.computed + 1
+        next_ids = sequence.prompt_ids[first : first + share.scores]
+        sequence.prompt_logprobs.extend(score(logits, next_ids, sequence.params.logprobs))
+
+    def _emit(self, share: Share, token: Token | None) -> None:
+        """Put a token, and end its sequence where it is the last."""
+        sequence = share.sequence
+        if not share.samples:
+            if sequence.output_limit == 0 and not sequence.in_prefill:
+                self.finish(sequence, FinishReason.LENGTH)
+            return
+        if token is None:
+            self.finish(sequence, FinishReason.ERROR, NOT_A_NUMBER)
+            return
+        if sequence.first_token_at is None:
+            sequence.first_token_at = time.monotonic()
+        sequence.output_ids.append(token.token_id)
+        sequence.events.put(token)
+        if token.token_id in sequence.stop_ids:
+            self.finish(sequence, FinishReason.STOP)
+        elif len(sequence.output_ids) >= sequence.output_limit:
+            self.finish(sequence, FinishReason.LENGTH)
+
+    def finish(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
+        """End a sequence: free its slot, note its figures, put its last event."""
+        self.scheduler.remove(sequence)
+        sequence.finish_reason, sequence.finished_at = reason, time.monotonic()
+        self.admission.ended(sequence)
+        sequence.events.put(Finished(reason, error))
+
+    def finish_all(self, error: str) -> None:
+        """End every sequence with an error."""
+        for sequence in [*self.scheduler.waiting, *self.scheduler.running]:
+            self.finish(sequence, FinishReason.ERROR, error)
+
+    def close(self) -> None:
+        """Give the model's memory back to the system."""
+        self.runner.close()
+        gc.collect()
+        if sys.platform == "linux":
+            ctypes.CDLL(None).malloc_trim(0)

@@ -1,0 +1,161 @@
+"""Who computes what in the next step: waiting and running sequences, slots, and the rows they want.
+
+A sequence waits, then runs in a slot until it is removed. A step carries one token of every
+sequence that decodes and a bounded number of prompt tokens of those in prefill, so that a long
+prompt does not stall running streams. Pure Python, no torch; owned by the engine's thread.
+"""
+
+import heapq
+from collections import deque
+from dataclasses import dataclass, field
+
+from inference.sequence import Sequence
+
+LEAST_PREFILL = 16  # prompt tokens per step at least: fewer cost a step nearly as much
+FIRST_PREFILL = 64  # as long as nothing was measured
+LONGEST_STEP = 1.0  # seconds: what arrives, leaves or asks how we are waits for the step to end
+LOGPROB_PREFILL = 128  # at most this many with prompt log-probabilities: each wants a row of logits
+
+
+@dataclass(frozen=True)
+class Share:
+    """One sequence's part of a step, and which logits it wants of it."""
+
+    sequence: Sequence
+    count: int  # neighbouring rows
+    decodes: bool  # one row, of an output token
+    scores: int  # wanted logits that predict prompt tokens
+    samples: bool  # the last row's logits are wanted to choose the next token
+
+
+@dataclass(frozen=True)
+class Step:
+    """The rows of one call of `ModelRunner.rows`, and whose they are.
+
+    The wanted logits come in the order of `shares`: for each its `scores`, then one if it `samples`.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    want: list[int] = field(default_factory=list)
+    shares: list[Share] = field(default_factory=list)
+
+    def add(self, sequence: Sequence, slot: int, count: int) -> None:
+        """Add the next `count` tokens of a sequence."""
+        first, start, end = len(self.tokens), sequence.computed, sequence.computed + count
+        prompt = len(sequence.prompt_ids)
+        decodes = start >= prompt
+        samples = end >= prompt and sequence.output_limit > 0
+        scores = 0
+        if sequence.params.prompt_logprobs and not decodes:
+            scores = min(end, prompt - 1) - start  # row i predicts prompt token i + 1
+        self.tokens.extend([sequence.output_ids[start - prompt]] if decodes else sequence.prompt_ids[start:end])
+        self.slots.extend([slot] * count)
+        self.positions.extend(range(start, end))
+        self.want.extend(range(first, first + scores))
+        if samples:
+            self.want.append(first + count - 1)
+        self.shares.append(Share(sequence, count, decodes, scores, samples))
+
+    def advance(self) -> None:
+        """Note that the rows were computed."""
+        for share in self.shares:
+            share.sequence.computed += share.count
+
+    @property
+    def decoding(self) -> int:
+        """Return how many sequences decode."""
+        return sum(share.decodes for share in self.shares)
+
+
+class PrefillBudget:
+    """How many prompt tokens a step may carry: while others decode, what makes it last about two decode steps.
+
+    Durations are measured as the engine runs, since a prompt token costs a tenth of a decode step on a
+    small CPU and nothing on a GPU. With nobody to hold up, a step carries `most`, or a second's worth.
+    """
+
+    def __init__(self, most: int):
+        self.most = most
+        self._decode_seconds = 0.0  # of a step that only decodes
+        self._seconds = self._tokens = 0.0  # that prompts took of late, and their tokens
+
+    def tokens(self, decoding: bool) -> int:
+        """Return the budget of the next step."""
+        if self._tokens == 0.0 or (decoding and self._decode_seconds == 0.0):
+            return min(FIRST_PREFILL, self.most)
+        seconds = self._decode_seconds if decoding else LONGEST_STEP
+        fits = int(seconds * self._tokens / self._seconds)
+        return min(max(fits, LEAST_PREFILL), self.most)
+
+    def observe(self, decoded: int, prefilled: int, seconds: float) -> None:
+        """Learn from a step of `decoded` and `prefilled` tokens; later steps weigh more."""
+        if prefilled == 0:
+            old = self._decode_seconds or seconds
+            self._decode_seconds = 0.8 * old + 0.2 * seconds
+        elif decoded == 0 or self._decode_seconds > 0.0:
+            rest = seconds - self._decode_seconds if decoded else seconds
+            self._seconds = 0.8 * self._seconds + max(rest, 1e-6)
+            self._tokens = 0.8 * self._tokens + prefilled
+
+
+class Scheduler:
+    """Give slots to waiting sequences in the order they came, and build steps from the running ones."""
+
+    def __init__(self, slots: int, prefill_tokens: int):
+        self.budget = PrefillBudget(prefill_tokens)
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # in the order they started
+        self._free = list(range(slots))  # a heap: low slots are used first, which keeps the used part compact
+
+    @property
+    def busy(self) -> bool:
+        """Say whether any sequence waits or runs."""
+        return bool(self.waiting or self.running)
+
+    def add(self, sequence: Sequence) -> None:
+        """Let a sequence wait for a slot."""
+        self.waiting.append(sequence)
+
+    def admit(self, now: float) -> list[Sequence]:
+        """Give free slots to waiting sequences and return those that now run."""
+        started = []
+        while self.waiting and self._free:
+            sequence = self.waiting.popleft()
+            sequence.slot, sequence.started_at = heapq.heappop(self._free), now
+            self.running.append(sequence)
+            started.append(sequence)
+        return started
+
+    def next_step(self) -> Step | None:
+        """Return the rows to compute next, or None when nothing runs."""
+        if not self.running:
+            return None
+        step = Step()
+        prefill: list[tuple[Sequence, int]] = []
+        for sequence in self.running:
+            if sequence.slot is None:
+                raise AssertionError(f"{sequence.id} runs without a slot")
+            if sequence.in_prefill:
+                prefill.append((sequence, sequence.slot))
+            else:
+                step.add(sequence, sequence.slot, 1)
+        left = self.budget.tokens(decoding=bool(step.shares))
+        for sequence, slot in prefill:
+            count = min(left, len(sequence.prompt_ids) - sequence.computed)
+            if sequence.params.prompt_logprobs:
+                count = min(count, LOGPROB_PREFILL)
+            if count > 0:
+                step.add(sequence, slot, count)
+                left -= count
+        return step
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out, waiting or running, and free its slot."""
+        if sequence.slot is None:
+            self.waiting.remove(sequence)
+        else:
+            self.running.remove(sequence)
+            heapq.heappush(self._free, sequence.slot)
+            sequence.slot = None
