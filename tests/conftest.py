@@ -1,4 +1,4 @@
-"""What every test shares: the project on the path, one torch thread, a scratch workspace, and the shared data if there."""
+"""What every test shares: the project on the path, one torch thread, and the shared data where there is some."""
 
 import os
 import sys

@@ -1,0 +1,84 @@
+"""Who may import whom, as the design's table says, and that importing stays cheap."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+OURS = {"api_server", "api_client", "model", "train", "web", "inference", "training", "storage"}
+WITH_TORCH = {
+    "storage/checkpoints.py",
+    "storage/pretrained.py",
+    "inference/build.py",
+    "inference/engine.py",
+    "inference/kv_cache.py",
+    "inference/native_runner.py",
+    "inference/runner.py",
+    "inference/sampling.py",
+    "inference/torch_runner.py",
+}
+MAY_IMPORT = {
+    "web": {"web", "inference.sequence", "inference.backend", "training", "storage"},
+    "inference": {"inference", "model", "storage"},
+    "training": {"training", "storage"},
+    "storage": {"storage", "model"},
+    "model": set(),
+    "api_client": set(),
+    "train": {"model", "storage", "training"},
+}
+
+
+def sources(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py")) if (ROOT / package).is_dir() else [ROOT / f"{package}.py"]
+
+
+def imports(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_a_package_imports_only_what_the_design_allows(package):
+    allowed = MAY_IMPORT[package]
+    for path in sources(package):
+        ours = {name for name in imports(path) if name.split(".")[0] in OURS}
+        bad = {n for n in ours if not any(n == a or n.startswith(a + ".") for a in allowed)}
+        assert not bad, f"{path.relative_to(ROOT)} imports {sorted(bad)}"
+
+
+def test_only_the_named_modules_of_the_packages_import_torch():
+    found = {
+        str(path.relative_to(ROOT))
+        for package in ("web", "inference", "training", "storage")
+        for path in sources(package)
+        if any(name.split(".")[0] == "torch" for name in imports(path))
+    }
+    assert found <= WITH_TORCH
+
+
+def test_storage_imports_the_model_only_where_weights_become_one():
+    users = {p.name for p in sources("storage") if any(n.split(".")[0] == "model" for n in imports(p))}
+    assert users <= {"checkpoints.py", "pretrained.py"}
+
+
+def loaded_by(statement: str, *modules: str) -> list[str]:
+    code = f"import sys; {statement}; print([m for m in {modules!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, done.stderr
+    return ast.literal_eval(done.stdout)
+
+
+def test_the_web_layer_loads_without_torch():
+    assert loaded_by("import web.native_routes, web.job_routes, web.openai_routes, training.jobs", "torch") == []
+
+
+def test_the_client_loads_neither_torch_nor_flask():
+    assert loaded_by("import api_client", "torch", "flask", "pydantic") == []
