@@ -137,15 +137,25 @@ def _read_object(path: str) -> tuple[dict[str, Any], str | None]:
     return value, None
 
 
+def manifest_entries(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what a manifest says of the latest file and of earlier ones, the latest first.
+
+    A manifest is written before its file takes its place, so the file in place may still be an earlier one.
+    """
+    earlier = manifest.get("earlier")
+    entries = [manifest, *(earlier if isinstance(earlier, list) else [])]
+    return [entry for entry in entries if isinstance(entry, dict) and "size" in entry]
+
+
 def _entry_of(manifest: dict[str, Any], name: str, size: int) -> tuple[dict[str, Any], str | None]:
-    """Return the manifest's entry for a file of `size` bytes; it has a second one, of the file before."""
-    if "size" not in manifest:  # a foreign checkpoint has no manifest
-        return manifest, None
-    previous = manifest.get("previous")
-    for entry in (manifest, previous):
-        if isinstance(entry, dict) and entry.get("size") == size:
+    """Return the manifest's entry for a file of `size` bytes, and what is wrong if there is none."""
+    entries = manifest_entries(manifest)
+    for entry in entries:
+        if entry["size"] == size:
             return entry, None
-    return manifest, f"{name} has {size} bytes, and {manifest['size']} were written"
+    if not entries:  # a foreign checkpoint has no manifest
+        return manifest, None
+    return manifest, f"{name} has {size} bytes, and {entries[0]['size']} were written"
 
 
 @dataclass(frozen=True)

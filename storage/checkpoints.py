@@ -1,0 +1,275 @@
+"""Checkpoints: saving, proving and loading them, and `load_model`, the one door through which weights come in.
+
+A checkpoint has nanoGPT's keys (model, optimizer, model_args, iter_num, best_val_loss, config) and whatever
+else decides the next iteration, as plain numbers, texts, lists, dictionaries and tensors. Beside it lies its
+manifest with size and sha256. A file is inspected before it is loaded, and loaded by
+torch.load(weights_only=True) and nothing else.
+"""
+
+import errno
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from model import GPT
+from storage import tokenizer as tokenizers
+from storage.errors import NotFound, NotLoadable, StorageError
+from storage.files import NAME, open_descriptor, read_json, replace_file, write_json
+from storage.inspection import Inspection, inspect, inspect_checkpoint, plain
+from storage.pretrained import GPT2_SIZES, assemble, fetch, folder_tokenizer, read_weights, require_vocabulary
+from storage.registry import ModelReference
+from storage.runs import CHECKPOINT, PREVIOUS, Run, Workspace, manifest_entries, manifest_path
+from storage.tokenizer import Tokenizer
+from storage.torch_file import crc_damage
+
+IF_ON_PURPOSE = "if it was replaced on purpose, delete the .json beside it"
+EARLIER = 4  # entries of earlier files that a manifest keeps
+
+Report = Callable[[str], None]
+
+
+def _ignore(_: str) -> None:
+    pass
+
+
+# ---- saving
+
+
+class _HashedFile:
+    """A file that takes the sha256 of what is written to it."""
+
+    def __init__(self, f: BinaryIO):
+        self._f, self._sha256 = f, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self._sha256.update(data)
+        return self._f.write(data)
+
+    def flush(self) -> None:
+        self._f.flush()
+
+    def hexdigest(self) -> str:
+        return self._sha256.hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with open(open_descriptor(path), "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _entry(path: Path, sha256: str, inspection: Inspection) -> dict[str, Any]:
+    return {
+        "size": path.stat().st_size,
+        "sha256": sha256,
+        "iter_num": inspection.iter_num,
+        "best_val_loss": inspection.best_val_loss,
+        "parameters": inspection.parameters,
+        "written": time.time(),
+    }
+
+
+def _entries(path: Path) -> list[dict[str, Any]]:
+    """Return what the manifest says of a checkpoint and of earlier ones; [] without a manifest that can be read."""
+    latest = path.with_name(CHECKPOINT) if path.name == PREVIOUS else path
+    try:
+        manifest = read_json(manifest_path(latest))
+    except StorageError:
+        return []
+    return manifest_entries(manifest) if isinstance(manifest, dict) else []
+
+
+def _keep_previous(path: Path) -> None:
+    """Keep the checkpoint in place under its second name; there is never a moment without one."""
+    if path.name != CHECKPOINT or not path.exists():
+        return
+    previous = path.with_name(PREVIOUS)
+    link = path.with_name(f".{PREVIOUS}.{'0' * 16}.tmp")  # swept like any temporary file
+    link.unlink(missing_ok=True)
+    try:
+        link.hardlink_to(path)
+    except OSError:  # a file system without hard links
+        path.replace(previous)
+    else:
+        link.replace(previous)
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Replace the checkpoint at `path` by `state`, proven to be loadable, with its manifest; or change nothing.
+
+    `state` has model, optimizer, model_args, iter_num, best_val_loss, config, activation, tied and more, as
+    tensors and plain values only. The checkpoint that was there stays as ckpt.prev.pt. The manifest is written
+    before the file takes its place and keeps the entries of earlier files, so that at every moment the file in
+    place matches an entry. Raises NoSpace, OSError, or NotLoadable when `state` is no checkpoint.
+    """
+    hashed: list[_HashedFile] = []
+
+    def write(f: BinaryIO) -> None:
+        hashed.append(_HashedFile(f))
+        torch.save(state, hashed[0])  # type: ignore[arg-type]
+
+    def prove(temporary: Path) -> None:
+        inspection = inspect_checkpoint(temporary, path.name)
+        sha256 = _sha256(temporary)
+        if sha256 != hashed[0].hexdigest():
+            raise OSError(errno.EIO, f"{path.name} reads back differently from what was written")
+        entry, earlier = _entry(temporary, sha256, inspection), _entries(path)[:EARLIER]
+        args = {"model_args": state["model_args"], "config": plain(state.get("config"))}
+        short = [{key: value for key, value in old.items() if key in entry} for old in earlier]
+        _keep_previous(path)
+        write_json(manifest_path(path), {**entry, **args, "earlier": short})
+
+    replace_file(path, write, prove)
+
+
+# ---- proving
+
+
+def damage(path: Path) -> str | None:
+    """Return what is wrong with a checkpoint file as a sentence, or None.
+
+    It must match its manifest in size and sha256; without a manifest its records must match their checksums.
+    Reads the whole file. Whether it is a model of ours is for inspect_checkpoint to say.
+    """
+    entries = _entries(path)
+    try:
+        with open(open_descriptor(path), "rb") as f:
+            if not entries:
+                return crc_damage(f, path.name)
+            size = f.seek(0, 2)
+            if size not in [entry["size"] for entry in entries]:
+                return f"{path.name} has {size} bytes, and {entries[0]['size']} were written; {IF_ON_PURPOSE}"
+            f.seek(0)
+            sha256 = hashlib.file_digest(f, "sha256").hexdigest()
+    except StorageError as e:
+        return str(e)
+    matches = any(entry.get("sha256") == sha256 for entry in entries)
+    return None if matches else f"{path.name} is damaged: its sha256 differs from what was written; {IF_ON_PURPOSE}"
+
+
+def newest_valid(run: Run, report: Report = _ignore) -> Path:
+    """Return the newest checkpoint of the run that is whole: the latest, else the one before, else the best.
+
+    `report` gets a sentence for each one passed over. Raises NotFound when none is left.
+    """
+    problems = []
+    for path in (run.checkpoint, run.previous, run.best):
+        if not path.exists():
+            continue
+        try:
+            inspect_checkpoint(path, path.name)
+            problem = damage(path)
+        except StorageError as e:
+            problem = str(e)
+        if problem is None:
+            return path
+        report(problem)
+        problems.append(problem)
+    raise NotFound(f"{run.relative} has no checkpoint" + (" that is whole: " + "; ".join(problems) if problems else ""))
+
+
+# ---- loading
+
+
+def _load(path: Path, shown: str) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as e:  # a file that changed since it was inspected raises nearly anything
+        raise NotLoadable(f"{shown} is damaged or not a checkpoint: PyTorch refuses it") from e
+    return state
+
+
+def _our_tensors(state: dict[str, Any], inspection: Inspection, shown: str) -> dict[str, Tensor]:
+    """Return the weights under our names, prefixes and masks gone."""
+    try:
+        return {ours: state["model"][theirs] for ours, theirs in inspection.names.items()}
+    except (KeyError, TypeError):
+        raise NotLoadable(f"{shown} changed while it was read") from None
+
+
+def load_training_state(path: Path) -> dict[str, Any]:
+    """Return everything that a checkpoint holds, tensors mapped from the file; raises NotFound, NotLoadable.
+
+    The weights have the names of GPT.state_dict, whatever the file called them; `activation` and `tied` are there.
+    """
+    inspection = inspect_checkpoint(path, path.name)
+    if (problem := damage(path)) is not None:
+        raise NotLoadable(problem)
+    state = _load(path, path.name)
+    model = _our_tensors(state, inspection, path.name)
+    args = inspection.model_args
+    if args["tied"]:
+        model["lm_head.weight"] = model["transformer.wte.weight"]
+    return {**state, "model": model, "activation": args["activation"], "tied": args["tied"]}
+
+
+def _dataset_tokenizer(inspection: Inspection, workspace: Workspace) -> Tokenizer | None:
+    """Return the characters of the dataset that a nanoGPT checkpoint was trained on, if they are its vocabulary."""
+    dataset = inspection.config.get("dataset")
+    if not isinstance(dataset, str) or not NAME.fullmatch(dataset):
+        return None
+    found = tokenizers.from_meta(workspace.data / dataset)
+    return found if found is not None and found.n_vocab == inspection.model_args["vocab_size"] else None
+
+
+def _checkpoint_tokenizer(inspection: Inspection, workspace: Workspace, shown: str) -> Tokenizer:
+    """Return the tokenizer in the run's folder, else the dataset's characters, else GPT-2's if the size is its."""
+    folder, vocab_size = inspection.path.parent, inspection.model_args["vocab_size"]
+    found = tokenizers.from_folder(folder)
+    if found is None:
+        found = tokenizers.from_meta(folder)
+    if found is None:
+        found = _dataset_tokenizer(inspection, workspace)
+    if found is None and vocab_size in GPT2_SIZES:
+        found = tokenizers.gpt2(workspace)
+    if found is None:
+        raise NotLoadable(f"{shown} has no tokenizer: put tokenizer.json or nanoGPT's meta.pkl beside it")
+    return require_vocabulary(found, vocab_size, shown)
+
+
+def _checkpoint_model(inspection: Inspection, shown: str) -> GPT:
+    if (problem := damage(inspection.path)) is not None:
+        raise NotLoadable(problem)
+    tensors, args = _our_tensors(_load(inspection.path, shown), inspection, shown), inspection.model_args
+    if not args["tied"] and torch.equal(tensors["lm_head.weight"], tensors["transformer.wte.weight"]):
+        args = {**args, "tied": True}  # saved twice, by something that did not know
+        del tensors["lm_head.weight"]
+    return assemble(args, tensors, shown)
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A model ready to run, with what belongs to it."""
+
+    model: GPT  # on the CPU, in eval mode, in the file's floating-point type
+    tokenizer: Tokenizer
+    reference: ModelReference
+    iter_num: int | None  # of a checkpoint
+    config: dict[str, Any]  # of the training run, {} for folders
+    nbytes: int  # of the weights
+
+
+def load_model(reference: ModelReference, workspace: Workspace, progress: Report | None = None) -> Loaded:
+    """Load the model that `reference` means; `progress` gets a sentence when something takes long.
+
+    Raises NotFound, NotLoadable (one sentence, before any large allocation), Unreachable or NoSpace.
+    """
+    say, shown = progress or _ignore, reference.label
+    if reference.path is None:
+        reference = replace(reference, path=fetch(reference.id, workspace, say))
+    inspection = inspect(reference)
+    say(f"loading {shown}: {inspection.parameters / 1e6:.1f} million parameters")
+    if inspection.kind == "checkpoint":
+        tokenizer = _checkpoint_tokenizer(inspection, workspace, shown)
+        model = _checkpoint_model(inspection, shown)
+    else:
+        follow = reference.kind == "pretrained"
+        vocab_size = inspection.model_args["vocab_size"]
+        tokenizer = folder_tokenizer(inspection.path, vocab_size, shown, workspace, follow)
+        model = assemble(inspection.model_args, read_weights(inspection, follow), shown)
+    return Loaded(model, tokenizer, reference, inspection.iter_num, inspection.config, inspection.nbytes)

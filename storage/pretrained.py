@@ -1,0 +1,229 @@
+"""Weights in and out: Hugging Face GPT-2 folders to our model and back, and a model built from tensors.
+
+`load_folder` reads config.json, safetensors and the tokenizer; `export` writes such a folder. What a folder
+holds is found out and checked by inspection.py first; where pretrained folders come from is hub.py.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from model import GPT, LAYER_NORM_EPS, GPTConfig
+from storage import tokenizer as tokenizers
+from storage.architecture import TRANSPOSED
+from storage.errors import NotLoadable
+from storage.files import open_descriptor, sync_folder, temporary_beside
+from storage.hub import fetch
+from storage.inspection import Inspection, inspect
+from storage.registry import ModelReference
+from storage.runs import Workspace
+from storage.safetensors_file import StoredTensor
+from storage.tokenizer import Tokenizer
+
+__all__ = ["assemble", "export", "fetch", "load_folder", "read_weights", "require_vocabulary"]
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+GPT2_SIZES = (50257, 50304)  # GPT-2's vocabulary, and nanoGPT's, padded to a multiple of 64
+
+
+# ---- in
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Say whether no element is NaN or infinite; the sum shows it in one pass without a copy, but may overflow."""
+    return bool(torch.isfinite(tensor.sum(dtype=torch.float32))) or bool(torch.isfinite(tensor).all())
+
+
+def assemble(args: Mapping[str, Any], tensors: dict[str, Tensor], shown: str) -> GPT:
+    """Return the model of GPTConfig fields `args` with these tensors, not copies, as its weights; in eval mode.
+
+    Keeps the tensors' type, or float32 if they have several. Raises NotLoadable for NaN, infinities, and tensors
+    that are not those of the configuration.
+    """
+    for name, tensor in tensors.items():
+        if not _is_finite(tensor):
+            raise NotLoadable(f"{shown} holds NaN or infinite numbers in {name}")
+    if len({tensor.dtype for tensor in tensors.values()}) > 1:
+        tensors = {name: tensor.float() for name, tensor in tensors.items()}
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**args))
+    if args["tied"]:
+        tensors = {**tensors, "lm_head.weight": tensors["transformer.wte.weight"]}
+    try:
+        model.load_state_dict(tensors, assign=True)
+    except RuntimeError:
+        raise NotLoadable(f"{shown} changed while it was read") from None
+    if args["tied"]:
+        model.lm_head.weight = model.get_parameter("transformer.wte.weight")
+    return model.eval()
+
+
+def _read_tensor(descriptor: int, place: StoredTensor) -> Tensor:
+    """Read a tensor's numbers into memory of its own: a mapped file that someone truncates would kill the process."""
+    tensor = torch.empty(place.shape, dtype=DTYPES[place.dtype])
+    buffer = tensor.view(-1).view(torch.uint8).numpy().data
+    done = 0
+    while done < len(buffer):
+        count = os.preadv(descriptor, [buffer[done:]], place.start + done)
+        if count == 0:
+            raise NotLoadable("the file was cut short while it was read")
+        done += count
+    return tensor
+
+
+def read_weights(inspection: Inspection, follow: bool = False) -> dict[str, Tensor]:
+    """Return the tensors of a Hugging Face folder in our layout; at most one of them is in memory twice."""
+    tensors: dict[str, Tensor] = {}
+    for file in sorted({file for file, _ in inspection.files.values()}):
+        descriptor = open_descriptor(inspection.path / file, follow=follow)
+        try:
+            for name, (where, place) in inspection.files.items():
+                if where == file:
+                    tensor = _read_tensor(descriptor, place)
+                    tensors[name] = tensor.t().contiguous() if name.endswith(TRANSPOSED) else tensor
+        finally:
+            os.close(descriptor)
+    return tensors
+
+
+def require_vocabulary(tokenizer: Tokenizer, vocab_size: int, shown: str) -> Tokenizer:
+    """Return `tokenizer` if every id it gives is one of the model's; more ids in the model are padding."""
+    if tokenizer.n_vocab > vocab_size:
+        raise NotLoadable(
+            f"the tokenizer of {shown} has {tokenizer.n_vocab} tokens and the model only {vocab_size}: not a pair"
+        )
+    return tokenizer
+
+
+def folder_tokenizer(
+    folder: Path, vocab_size: int, shown: str, workspace: Workspace | None, follow: bool = False
+) -> Tokenizer:
+    """Return the tokenizer of a Hugging Face folder; GPT-2's own if there is none and the size is GPT-2's."""
+    found = tokenizers.from_folder(folder, follow)
+    if found is None and vocab_size in GPT2_SIZES:
+        found = tokenizers.gpt2(workspace)
+    if found is None:
+        raise NotLoadable(f"{shown} has no tokenizer: put its tokenizer.json into the folder")
+    return require_vocabulary(found, vocab_size, shown)
+
+
+def load_folder(path: Path, workspace: Workspace | None = None) -> tuple[GPT, Tokenizer]:
+    """Return model and tokenizer of a Hugging Face GPT-2 folder; raises NotLoadable in one sentence."""
+    inspection = inspect(ModelReference(path.name, "folder", path, path.name))
+    tokenizer = folder_tokenizer(path, inspection.model_args["vocab_size"], path.name, workspace)
+    return assemble(inspection.model_args, read_weights(inspection), path.name), tokenizer
+
+
+# ---- out
+
+
+def _config_json(config: GPTConfig, eot: int | None, dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "activation_function": config.activation,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_embd": config.n_embd,
+        "n_inner": None,
+        "n_positions": config.block_size,
+        "n_ctx": config.block_size,
+        "vocab_size": config.vocab_size,
+        "layer_norm_epsilon": LAYER_NORM_EPS,
+        "attn_pdrop": config.dropout,
+        "embd_pdrop": config.dropout,
+        "resid_pdrop": config.dropout,
+        "initializer_range": 0.02,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "reorder_and_upcast_attn": False,
+        "tie_word_embeddings": config.tied,
+        "use_cache": True,
+        "bos_token_id": eot,
+        "eos_token_id": eot,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def _tokenizer_config(tokenizer: Tokenizer, block_size: int) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": block_size,
+        "clean_up_tokenization_spaces": False,  # transformers' default rewrites " ," to ","
+    }
+    if tokenizer.eot is not None:
+        text = tokenizer.decode([tokenizer.eot])
+        config.update(bos_token=text, eos_token=text, unk_token=text)
+    return config
+
+
+def _exported_tensors(model: GPT, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return contiguous tensors under transformers' names and in its layout; a model without biases gets zeros."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():  # a tied head is not among them
+        tensor = parameter.detach().to("cpu", dtype)
+        tensors[name] = tensor.t().contiguous() if name.endswith(TRANSPOSED) else tensor.contiguous()
+        is_embedding = name in ("transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight")
+        if not model.config.bias and not is_embedding:
+            tensors[name.removesuffix("weight") + "bias"] = torch.zeros(parameter.size(0), dtype=dtype)
+    return tensors
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="ascii")
+
+
+def _write_folder(folder: Path, model: GPT, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
+    eot = tokenizer.eot
+    _write_json(folder / "config.json", _config_json(model.config, eot, dtype))
+    _write_json(folder / "generation_config.json", {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot})
+    _write_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer, model.config.block_size))
+    _write_json(folder / "tokenizer.json", tokenizer.to_json())
+    save_file(_exported_tensors(model, dtype), folder / "model.safetensors", metadata={"format": "pt"})
+    for path in folder.iterdir():
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    sync_folder(folder)
+
+
+def _put_in_place(temporary: Path, folder: Path) -> None:
+    """Rename `temporary` to `folder`; one that was there is moved aside first and removed last."""
+    aside = temporary_beside(folder)
+    if folder.exists():
+        os.rename(folder, aside)
+    try:
+        os.rename(temporary, folder)
+    except OSError:
+        if aside.exists():
+            os.rename(aside, folder)
+        raise
+    sync_folder(folder.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def export(model: GPT, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write a folder that transformers' AutoModelForCausalLM and AutoTokenizer load with no other file.
+
+    `dtype` is float32, float16 or bfloat16. The folder appears whole, replacing one that was there, or not at all.
+    """
+    if dtype not in DTYPES.values():
+        raise ValueError(f"dtype is {dtype}; it must be float32, float16 or bfloat16")
+    temporary = temporary_beside(folder)
+    temporary.mkdir(parents=True)
+    try:
+        _write_folder(temporary, model, tokenizer, dtype)
+        inspect(ModelReference(folder.name, "folder", temporary, folder.name))
+        _put_in_place(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
