@@ -50,7 +50,7 @@ def fingerprint(model: GPT) -> str:
     digest = hashlib.sha256(repr(model.config).encode())
     for name, p in model.named_parameters():
         digest.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
-        digest.update(memoryview(p.detach().cpu().contiguous().view(torch.uint8).numpy()))
+        digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:12]
 
 

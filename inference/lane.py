@@ -18,8 +18,6 @@ from inference.scheduler import Scheduler, Share, Step
 from inference.sequence import Finished, FinishReason, Sequence, Token
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from inference.runner import ModelRunner
 
 logger = logging.getLogger(__name__)
@@ -84,8 +82,11 @@ class Lane:
         logits = self.runner.rows(step.tokens, step.slots, step.positions, step.want)[:, : self.vocab_size]
         row, last = 0, []
         for share in step.shares:
+            sequence = share.sequence
             if share.scores:
-                self._score(share, logits[row : row + share.scores])
+                following = sequence.prompt_ids[sequence.computed + 1 :][: share.scores]
+                scores = score(logits[row : row + share.scores], following, sequence.params.logprobs)
+                sequence.prompt_logprobs.extend(scores)
             row += share.scores + share.samples
             if share.samples:
                 last.append(row - 1)
@@ -99,13 +100,6 @@ class Lane:
             )
         )
         return [next(chosen) if share.samples else None for share in step.shares]
-
-    def _score(self, share: Share, logits: "Tensor") -> None:
-        """Append the log-probabilities of the prompt's next tokens."""
-        sequence = share.sequence
-        first = sequence.computed + 1
-        next_ids = sequence.prompt_ids[first : first + share.scores]
-        sequence.prompt_logprobs.extend(score(logits, next_ids, sequence.params.logprobs))
 
     def _emit(self, share: Share, token: Token | None) -> None:
         """Put a token, and end its sequence where it is the last."""

@@ -16,11 +16,18 @@ from hypothesis import strategies as st
 
 from inference.engine import Engine
 from inference.sequence import (
+    EngineDown,
     Finished,
     FinishReason,
     Generation,
+    LoadInProgress,
+    NoModel,
+    PromptTooLong,
+    QueueFull,
     SamplingParams,
+    Token,
 )
+from inference.torch_runner import TorchRunner
 from model import GPT, GPTConfig
 
 VOCAB, EOT = 61, 60
@@ -104,21 +111,25 @@ def make() -> Iterator[Callable[..., Engine]]:
 
 
 @pytest.fixture
-def fake(make: Callable[..., Engine]) -> Callable[..., Bench]:
+def fake(make: Callable[..., Engine]) -> Iterator[Callable[..., Bench]]:
     """Return a maker of engines on fake runners, with a model loaded."""
+    all_runners: list[FakeRunner] = []
 
     def build(slots: int = 4, **options: Any) -> Bench:
         runners: list[FakeRunner] = []
 
         def runner(model: GPT, asked: Any) -> tuple[FakeRunner, str]:
             runners.append(FakeRunner(slots))
+            all_runners.append(runners[-1])
             return runners[-1], "a test"
 
         bench = Bench(make(build=runner, **options), runners)
         bench.engine.load(reference())
         return bench
 
-    return build
+    yield build
+    for runner in all_runners:
+        runner.gate.set()
 
 
 def drain(generation: Generation) -> tuple[list[int], Finished]:
@@ -212,3 +223,443 @@ def test_any_schedule_gives_the_naive_tokens(requests: list[Any], slots: int, pr
         until(lambda: engine.info()["running"] == engine.info()["waiting"] == 0)
     finally:
         engine.close(0.0)
+
+
+def test_prompts_that_come_in_pieces_give_the_same_tokens(make: Callable[..., Engine]) -> None:
+    engine = make(prefill_tokens=3)
+    served = engine.load(reference())
+    prompt = list(range(40))
+    assert drain(engine.submit(served, prompt, greedy(8)))[0] == naive(tiny(), prompt, 8)
+
+
+def test_a_seeded_request_gives_the_same_tokens_alone_and_in_a_crowd(make: Callable[..., Engine]) -> None:
+    engine = make()
+    served = engine.load(reference())
+    mine = SamplingParams(max_new_tokens=20, temperature=1.0, top_k=20, seed=7, ignore_eos=True)
+    other = SamplingParams(max_new_tokens=25, temperature=1.3, top_k=0, top_p=0.9, ignore_eos=True)
+    alone = drain(engine.submit(served, [5, 6, 7], mine))[0]
+    crowd = [engine.submit(served, [i, i + 1], other) for i in range(6)]
+    assert drain(engine.submit(served, [5, 6, 7], mine))[0] == alone
+    for generation in crowd:
+        drain(generation)
+
+
+def test_the_sum_of_log_probabilities_is_the_models_loss(make: Callable[..., Engine]) -> None:
+    engine = make(prefill_tokens=7)
+    served = engine.load(reference())
+    prompt = list(range(0, 60, 2))
+    generation = engine.submit(served, prompt, greedy(0, prompt_logprobs=True, logprobs=3))
+    assert drain(generation) == ([], Finished(FinishReason.LENGTH))
+    scores = generation.prompt_logprobs
+    assert [t.token_id for t in scores] == prompt[1:] and all(len(t.top) == 3 for t in scores)
+    _, loss = tiny()(torch.tensor([prompt[:-1]]), torch.tensor([prompt[1:]]))
+    assert -sum(t.logprob for t in scores) / len(scores) == pytest.approx(loss.item(), abs=1e-5)
+
+
+def test_a_model_with_a_padded_vocabulary_never_gives_an_id_without_text(make: Callable[..., Engine]) -> None:
+    def padded(ref: Any, workspace: Any) -> Any:
+        return SimpleNamespace(model=tiny(), tokenizer=FakeTokenizer(n_vocab=10, eot=None))
+
+    engine = make(loader=padded)
+    served = engine.load(reference())
+    assert max(drain(engine.submit(served, [1], greedy(40)))[0]) < 10
+    with pytest.raises(ValueError, match="token id 10; ids must be between 0 and 9"):
+        engine.submit(served, [10], greedy())
+
+
+# --- how a sequence ends ---
+
+
+def test_end_of_text_ends_a_sequence_and_is_its_last_token(fake: Callable[..., Bench]) -> None:
+    assert drain(submit(fake(), [EOT - 2], greedy(9))) == ([EOT - 1, EOT], Finished(FinishReason.STOP))
+
+
+def test_end_of_text_can_be_ignored(fake: Callable[..., Bench]) -> None:
+    assert drain(submit(fake(), [EOT - 1], greedy(3, ignore_eos=True)))[0] == [EOT, 0, 1]
+
+
+def test_a_stop_token_ends_a_sequence_but_not_before_min_tokens(fake: Callable[..., Bench]) -> None:
+    bench = fake()
+    assert drain(submit(bench, [1], greedy(9, stop_token_ids=frozenset({3})))) == ([2, 3], Finished(FinishReason.STOP))
+    ids, _ = drain(submit(bench, [1], greedy(9, stop_token_ids=frozenset({2}), min_tokens=4)))
+    assert 2 not in ids[:4] and len(ids) >= 4
+
+
+def test_prompt_and_new_tokens_may_fill_the_context_exactly(fake: Callable[..., Bench]) -> None:
+    bench = fake()
+    for n in (8, 1000):
+        ids, end = drain(submit(bench, [0] * 40, greedy(n, ignore_eos=True)))
+        assert len(ids) == 8 and end.reason == FinishReason.LENGTH
+
+
+def test_a_prompt_that_leaves_no_room_is_refused_with_both_numbers(fake: Callable[..., Bench]) -> None:
+    bench = fake()
+    drain(submit(bench, [0] * 47, greedy(1)))
+    with pytest.raises(PromptTooLong, match="maximum context length is 48 tokens, however the prompt has 48 tokens"):
+        submit(bench, [0] * 48, greedy(1))
+
+
+def test_no_new_tokens_end_at_once(fake: Callable[..., Bench]) -> None:
+    bench = fake()
+    steps = bench.runners[0].steps
+    assert drain(submit(bench, [0] * 48, greedy(0))) == ([], Finished(FinishReason.LENGTH))
+    assert bench.runners[0].steps == steps
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ([], greedy(), "prompt_ids is empty"),
+        ([VOCAB], greedy(), f"token id {VOCAB}; ids must be between 0 and {VOCAB - 1}"),
+        ([-1], greedy(), "prompt_ids has token id -1"),
+        ([1], greedy(logit_bias=((99, 1.0),)), "logit_bias has token id 99"),
+        ([1], greedy(stop_token_ids=frozenset({99})), "stop_token_ids has token id 99"),
+    ],
+)
+def test_what_no_model_can_compute_is_refused_at_once(
+    fake: Callable[..., Bench], prompt: list[int], params: SamplingParams, message: str
+) -> None:
+    bench = fake()
+    with pytest.raises(ValueError, match=message):
+        submit(bench, prompt, params)
+    assert bench.engine.info()["waiting"] == 0
+
+
+def test_a_cancelled_request_ends_and_frees_its_slot(fake: Callable[..., Bench]) -> None:
+    bench = fake(slots=1)
+    first, second = submit(bench, [0], greedy(40)), submit(bench, [1])
+    assert first.next(timeout=10) is not None
+    first.cancel()
+    assert drain(first)[1].reason in (FinishReason.CANCELLED, FinishReason.LENGTH)
+    assert drain(second)[0] == [2, 3, 4, 5, 6]
+
+
+def test_a_waiting_request_can_be_cancelled(fake: Callable[..., Bench]) -> None:
+    bench = fake(slots=1)
+    bench.runners[0].gate.clear()
+    running, waiting = submit(bench, [0]), submit(bench, [1])
+    waiting.cancel()
+    bench.runners[0].gate.set()
+    assert drain(waiting) == ([], Finished(FinishReason.CANCELLED))
+    assert drain(running)[1].reason == FinishReason.LENGTH
+
+
+def test_a_request_that_takes_too_long_ends_with_an_error(fake: Callable[..., Bench]) -> None:
+    bench = fake(request_timeout=0.05)
+    bench.runners[0].gate.clear()
+    running = submit(bench, [0], greedy(40))
+    until(lambda: bench.engine.info()["running"] == 1)
+    time.sleep(0.06)
+    bench.runners[0].gate.set()
+    _, end = drain(running)
+    assert end.reason == FinishReason.ERROR and "longer than the server allows" in str(end.error)
+
+
+def test_a_failing_step_ends_the_sequences_in_it_and_no_other(fake: Callable[..., Bench]) -> None:
+    bench = fake(slots=2)
+    runner = bench.runners[0]
+    runner.gate.clear()
+    doomed = [submit(bench, [i]) for i in (0, 1)]
+    until(lambda: bench.engine.info()["running"] > 0)
+    later = submit(bench, [2])
+    failing = runner.steps + 3
+    runner.fail = lambda step: step == failing
+    runner.gate.set()
+    for generation in doomed:
+        ids, end = drain(generation)
+        assert end.reason == FinishReason.ERROR and "failed while it computed" in str(end.error) and len(ids) < 5
+    assert drain(later)[0] == [3, 4, 5, 6, 7]
+
+
+def test_logits_that_are_not_numbers_end_their_own_sequence_only(fake: Callable[..., Bench]) -> None:
+    bench = fake()
+    runner, rows = bench.runners[0], bench.runners[0].rows
+
+    def poisoned(tokens: list[int], slots: list[int], positions: list[int], want: list[int]) -> torch.Tensor:
+        logits = rows(tokens, slots, positions, want)
+        for row, i in enumerate(want):
+            if tokens[i] == 30:
+                logits[row, 5] = float("nan")
+        return logits
+
+    runner.rows = poisoned  # type: ignore[method-assign]
+    bad, good = submit(bench, [28]), submit(bench, [3])
+    assert drain(bad) == (
+        [29, 30],
+        Finished(FinishReason.ERROR, "The model's output for this request was not a number."),
+    )
+    assert drain(good)[0] == [4, 5, 6, 7, 8]
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_every_sequence_gets_one_last_event_and_gives_its_slot_back(data: st.DataObject) -> None:
+    runner = FakeRunner(slots=data.draw(st.integers(1, 3)))
+    failing = data.draw(st.sets(st.integers(2, 30), max_size=6))
+    runner.fail = lambda step: step in failing
+    engine = Engine(Path("."), loader=loader, build=lambda model, asked: (runner, "a test"), prefill_tokens=4)
+    try:
+        served = engine.load(reference())
+        generations = []
+        for _ in range(data.draw(st.integers(1, 8))):
+            n, size = data.draw(st.integers(0, 12)), data.draw(st.integers(1, 20))
+            generations.append(engine.submit(served, [data.draw(st.integers(0, 40))] * size, greedy(n)))
+            if data.draw(st.booleans()):
+                generations[data.draw(st.integers(0, len(generations) - 1))].cancel()
+        for generation in generations:
+            drain(generation)
+        info = engine.info()
+        assert (info["running"], info["waiting"], info["waiting_tokens"]) == (0, 0, 0)
+        runner.fail = lambda step: False
+        crowd = [engine.submit(served, [1], greedy(3)) for _ in range(runner.slots)]
+        assert all(drain(g)[0] == [2, 3, 4] for g in crowd), "a slot was lost"
+    finally:
+        engine.close(0.0)
+
+
+# --- limits ---
+
+
+def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(fake: Callable[..., Bench]) -> None:
+    bench = fake(slots=1, max_waiting=2)
+    bench.runners[0].gate.clear()
+    running = submit(bench, [0])
+    until(lambda: bench.engine.info()["running"] == 1)
+    waiting = [submit(bench, [i]) for i in (1, 2)]
+    with pytest.raises(QueueFull, match="2 requests wait; the limit is 2") as refusal:
+        submit(bench, [3])
+    assert 1 <= refusal.value.retry_after <= 60
+    bench.runners[0].gate.set()
+    assert [drain(g)[1].reason for g in (running, *waiting)] == [FinishReason.LENGTH] * 3
+
+
+def test_waiting_prompt_tokens_are_limited_too(fake: Callable[..., Bench]) -> None:
+    bench = fake(slots=1, max_waiting_tokens=20)
+    bench.runners[0].gate.clear()
+    submit(bench, [0])
+    until(lambda: bench.engine.info()["running"] == 1)
+    submit(bench, [1] * 15)
+    with pytest.raises(QueueFull, match="15 prompt tokens wait"):
+        submit(bench, [2] * 6)
+    submit(bench, [2] * 5)
+    bench.runners[0].gate.set()
+
+
+def test_a_long_prompt_comes_in_pieces_while_others_run(fake: Callable[..., Bench]) -> None:
+    bench = fake(prefill_tokens=6)
+    runner = bench.runners[0]
+    runner.gate.clear()
+    streams = [submit(bench, [i], greedy(30)) for i in range(3)]
+    long = submit(bench, [7] * 40, greedy(2))
+    runner.gate.set()
+    for generation in (*streams, long):
+        drain(generation)
+    for tokens, slots, _ in runner.seen:
+        prompts = sum(slots.count(s) for s in set(slots) if slots.count(s) > 1)
+        assert prompts <= 6 and len(tokens) <= 6 + 4
+
+
+# --- loading ---
+
+
+def test_nothing_is_served_before_a_load(make: Callable[..., Engine]) -> None:
+    engine = make()
+    assert engine.served() is None and engine.info()["slots"] == 4
+    with pytest.raises(NoModel):
+        engine.unload()
+
+
+def test_what_runs_at_a_load_ends_on_the_model_it_began_with(fake: Callable[..., Bench]) -> None:
+    bench = fake(slots=2)
+    old = bench.engine.served()
+    assert old is not None
+    bench.runners[0].gate.clear()
+    streams = [bench.engine.submit(old, [i], greedy(20)) for i in range(6)]
+    loading = threading.Thread(target=bench.engine.load, args=(reference("new"),))
+    loading.start()
+    until(lambda: len(bench.runners) == 2)
+    bench.runners[0].gate.set()
+    loading.join(10)
+    assert [len(drain(g)[0]) for g in streams] == [20] * 6
+    assert bench.engine.served() is not old and drain(submit(bench, [1]))[0] == [2, 3, 4, 5, 6]
+    until(lambda: bench.runners[0].closed and bench.engine.info()["models"] == 1)
+    with pytest.raises(NoModel):
+        bench.engine.submit(old, [1], greedy())
+
+
+def test_a_failed_load_changes_nothing(make: Callable[..., Engine]) -> None:
+    def moody(ref: Any, workspace: Any) -> Any:
+        if ref.id == "bad":
+            raise OSError("the test's fault")
+        return loader(ref, workspace)
+
+    engine = make(loader=moody)
+    served = engine.load(reference())
+    with pytest.raises(OSError, match="the test's fault"):
+        engine.load(reference("bad"))
+    assert engine.served() is served and not engine.info()["loading"]
+    assert len(drain(engine.submit(served, [1], greedy(3)))[0]) == 3
+
+
+def test_a_model_that_cannot_compute_does_not_replace_one_that_can(make: Callable[..., Engine]) -> None:
+    runners: list[FakeRunner] = []
+
+    def build(model: GPT, asked: Any) -> tuple[FakeRunner, str]:
+        runners.append(FakeRunner())
+        broken = len(runners) == 2
+        runners[-1].fail = lambda step: broken
+        return runners[-1], "a test"
+
+    engine = make(build=build)
+    served = engine.load(reference())
+    with pytest.raises(RuntimeError):
+        engine.load(reference("broken"))
+    assert engine.served() is served and runners[1].closed and not runners[0].closed
+
+
+def test_of_racing_loads_exactly_one_wins(make: Callable[..., Engine]) -> None:
+    hold, entered, results = threading.Event(), threading.Event(), []
+
+    def slow(ref: Any, workspace: Any) -> Any:
+        entered.set()
+        assert hold.wait(10)
+        return loader(ref, workspace)
+
+    engine = make(loader=slow)
+
+    def load(name: str) -> None:
+        try:
+            results.append(engine.load(reference(name)).id)
+        except LoadInProgress:
+            results.append(None)
+
+    threads = [threading.Thread(target=load, args=(f"m{i}",)) for i in range(10)]
+    for thread in threads:
+        thread.start()
+    until(lambda: len(results) == 9)
+    hold.set()
+    for thread in threads:
+        thread.join(10)
+    winner = engine.served()
+    assert results[:9] == [None] * 9 and winner is not None and results[9] == winner.id
+
+
+def test_unloading_ends_what_runs_properly_and_closes_the_model(fake: Callable[..., Bench]) -> None:
+    bench = fake()
+    stream = submit(bench, [0], greedy(20))
+    bench.engine.unload()
+    assert bench.engine.served() is None and len(drain(stream)[0]) == 20
+    until(lambda: bench.runners[0].closed and bench.engine.info()["models"] == 0)
+
+
+def test_the_fingerprint_tells_weights_apart(make: Callable[..., Engine]) -> None:
+    seeds = iter([0, 0, 1])
+    engine = make(loader=lambda ref, w: SimpleNamespace(model=tiny(next(seeds)), tokenizer=FakeTokenizer()))
+    first, same, other = (engine.load(reference()) for _ in range(3))
+    assert first.fingerprint == same.fingerprint != other.fingerprint and first is not same
+
+
+# --- figures and the end ---
+
+
+def test_a_request_can_be_asked_for_while_it_waits_runs_and_is_over(fake: Callable[..., Bench]) -> None:
+    bench = fake(slots=1)
+    bench.runners[0].gate.clear()
+    engine, served = bench.engine, bench.engine.served()
+    assert served is not None
+    generations = [engine.submit(served, [i], greedy(3), request_id=f"r{i}") for i in range(3)]
+    until(lambda: engine.info()["running"] == 1)
+    states = [engine.request(f"r{i}") for i in range(3)]
+    assert [(s["state"], s["position"]) for s in states if s] == [("running", None), ("waiting", 0), ("waiting", 1)]
+    with pytest.raises(ValueError, match="request id 'r1' belongs to a request that has not ended"):
+        engine.submit(served, [1], greedy(), request_id="r1")
+    bench.runners[0].gate.set()
+    for generation in generations:
+        drain(generation)
+    past = engine.request("r2")
+    assert past is not None and past["state"] == "finished" and past["finish_reason"] == "length"
+    assert past["output_tokens"] == 3 and past["seconds"] >= past["first_token_seconds"] >= past["waited_seconds"]
+    assert engine.request("nobody") is None
+
+
+def test_only_the_last_finished_requests_are_remembered(
+    fake: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("inference.admission.KEPT", 3)
+    bench = fake()
+    generations = [submit(bench, [1], greedy(0)) for _ in range(5)]
+    for generation in generations:
+        drain(generation)
+    known = [bench.engine.request(g.id) is not None for g in generations]
+    assert known == [False, False, True, True, True]
+
+
+def test_the_heart_beats_when_idle_and_stops_when_a_step_hangs(fake: Callable[..., Bench]) -> None:
+    bench = fake()
+    time.sleep(0.7)
+    assert bench.engine.info()["heartbeat_age"] < 0.65
+    bench.runners[0].gate.clear()
+    stuck = submit(bench, [0])
+    until(lambda: bench.engine.info()["heartbeat_age"] > 0.7)
+    bench.runners[0].gate.set()
+    drain(stuck)
+
+
+def test_speed_is_reported(fake: Callable[..., Bench]) -> None:
+    bench = fake()
+    drain(submit(bench, [0], greedy(20)))
+    info = bench.engine.info()
+    assert info["tokens_per_second"] > 0 and info["tokens"] == 20 and info["steps"] == 20
+
+
+def test_closing_lets_running_requests_end_and_ends_waiting_ones(fake: Callable[..., Bench]) -> None:
+    bench = fake(slots=1)
+    runner = bench.runners[0]
+    runner.gate.clear()
+    running, waiting = submit(bench, [0], greedy(20)), submit(bench, [1])
+    until(lambda: bench.engine.info()["running"] == 1)
+    closing = threading.Thread(target=bench.engine.close, args=(10.0,))
+    closing.start()
+    until(lambda: bench.engine._closing)
+    with pytest.raises(EngineDown, match="shutting down"):
+        submit(bench, [2])
+    runner.gate.set()
+    assert drain(waiting) == ([], Finished(FinishReason.ERROR, "The server is shutting down."))
+    assert len(drain(running)[0]) == 20
+    closing.join(10)
+    assert runner.closed and not closing.is_alive()
+
+
+def test_closing_without_patience_ends_what_runs_with_an_error(fake: Callable[..., Bench]) -> None:
+    bench = fake()
+    rows = bench.runners[0].rows
+
+    def slow(*step: Any) -> torch.Tensor:
+        time.sleep(0.01)
+        return rows(*step)
+
+    bench.runners[0].rows = slow  # type: ignore[method-assign]
+    running = submit(bench, [0], greedy(47, ignore_eos=True))
+    assert running.next(timeout=10) is not None
+    bench.engine.close(0.0)
+    assert drain(running)[1] == Finished(FinishReason.ERROR, "The server is shutting down.")
+    bench.engine.close(0.0)  # a second time does no harm
+
+
+def test_a_load_after_the_end_is_refused_and_its_model_closed(fake: Callable[..., Bench]) -> None:
+    bench = fake()
+    bench.engine.close(0.0)
+    with pytest.raises(EngineDown):
+        bench.engine.load(reference())
+    assert all(runner.closed for runner in bench.runners)
+
+
+def test_a_closed_torch_runner_holds_no_weights() -> None:
+    runner = TorchRunner(tiny(), slots=2)
+    runner.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        runner.rows([0], [0], [0], [0])
+
+
+def test_tokens_come_as_tokens(fake: Callable[..., Bench]) -> None:
+    assert list(submit(fake(), [4], greedy(2))) == [Token(5), Token(6)]

@@ -1,0 +1,161 @@
+"""The scheduler: who gets a slot, what a step carries, and how much of a prompt at a time."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from inference.scheduler import FIRST_PREFILL, LEAST_PREFILL, LOGPROB_PREFILL, PrefillBudget, Scheduler, Step
+from inference.sequence import SamplingParams, Sequence
+
+
+def sequence(prompt: int = 3, limit: int = 5, **params: bool) -> Sequence:
+    return Sequence(list(range(prompt)), SamplingParams(max_new_tokens=limit, **params), output_limit=limit)
+
+
+def compute(step: Step) -> None:
+    """Do what the engine does with a step: every sampling sequence gets the token 7."""
+    step.advance()
+    for share in step.shares:
+        if share.samples:
+            share.sequence.output_ids.append(7)
+
+
+def next_step(scheduler: Scheduler) -> Step:
+    scheduler.admit(0.0)
+    step = scheduler.next_step()
+    assert step is not None
+    return step
+
+
+def test_slots_are_given_in_the_order_of_arrival_and_the_lowest_free_one_first() -> None:
+    scheduler = Scheduler(slots=2, prefill_tokens=9)
+    a, b, c = (sequence() for _ in range(3))
+    for s in (a, b, c):
+        scheduler.add(s)
+    assert scheduler.admit(0.0) == [a, b] and (a.slot, b.slot, c.slot) == (0, 1, None)
+    scheduler.remove(a)
+    assert a.slot is None and scheduler.admit(0.0) == [c] and c.slot == 0
+
+
+def test_a_step_carries_prompts_whole_and_wants_their_last_row() -> None:
+    scheduler = Scheduler(slots=2, prefill_tokens=9)
+    scheduler.add(sequence(3))
+    scheduler.add(sequence(2))
+    step = next_step(scheduler)
+    assert (step.tokens, step.slots, step.positions) == ([0, 1, 2, 0, 1], [0, 0, 0, 1, 1], [0, 1, 2, 0, 1])
+    assert step.want == [2, 4] and step.decoding == 0
+
+
+def test_decoding_sequences_take_part_in_every_step_beside_a_prompt_in_pieces() -> None:
+    scheduler = Scheduler(slots=2, prefill_tokens=4)
+    short, long = sequence(2), sequence(10)
+    scheduler.add(short)
+    compute(next_step(scheduler))
+    scheduler.add(long)
+    shapes = []
+    while long.in_prefill:
+        step = next_step(scheduler)
+        shapes.append((step.decoding, len(step.tokens), len(step.want)))
+        compute(step)
+    assert shapes == [(1, 5, 1), (1, 5, 1), (1, 3, 2)]
+
+
+def test_the_budget_of_a_step_is_shared_by_prompts_in_their_order() -> None:
+    scheduler = Scheduler(slots=3, prefill_tokens=5)
+    for size in (3, 4, 4):
+        scheduler.add(sequence(size))
+    assert [share.count for share in next_step(scheduler).shares] == [3, 2]
+
+
+def test_prompt_scores_want_every_row_but_the_one_after_the_prompt() -> None:
+    scheduler = Scheduler(slots=2, prefill_tokens=100)
+    scheduler.add(sequence(4, limit=0, prompt_logprobs=True))
+    scheduler.add(sequence(4, limit=1, prompt_logprobs=True))
+    step = next_step(scheduler)
+    assert step.want == [0, 1, 2, 4, 5, 6, 7]
+    assert [(s.scores, s.samples) for s in step.shares] == [(3, False), (3, True)]
+
+
+def test_prompt_scores_come_in_small_pieces_since_each_row_has_a_vocabulary_of_logits() -> None:
+    scheduler = Scheduler(slots=1, prefill_tokens=1000)
+    scheduler.budget.observe(0, 1000, 0.001)
+    scheduler.add(sequence(300, prompt_logprobs=True))
+    step = next_step(scheduler)
+    assert len(step.tokens) == len(step.want) == LOGPROB_PREFILL
+
+
+def test_a_waiting_sequence_can_be_removed() -> None:
+    scheduler = Scheduler(slots=1, prefill_tokens=9)
+    a, b = sequence(), sequence()
+    scheduler.add(a)
+    scheduler.add(b)
+    scheduler.remove(a)
+    assert scheduler.admit(0.0) == [b]
+    scheduler.remove(b)
+    assert not scheduler.busy and scheduler.next_step() is None
+
+
+def test_removing_a_stranger_is_an_error() -> None:
+    with pytest.raises(ValueError):
+        Scheduler(slots=1, prefill_tokens=9).remove(sequence())
+
+
+def test_the_budget_makes_a_mixed_step_last_about_two_decode_steps() -> None:
+    budget = PrefillBudget(most=512)
+    assert budget.tokens(decoding=True) == budget.tokens(decoding=False) == FIRST_PREFILL
+    for _ in range(30):
+        budget.observe(16, 0, 0.020)
+        budget.observe(16, 50, 0.020 + 50 * 0.0004)
+    assert budget.tokens(decoding=True) == pytest.approx(50, abs=1)
+    assert budget.tokens(decoding=False) == 512
+
+
+def test_the_budget_has_a_floor_and_a_second_as_its_ceiling() -> None:
+    budget = PrefillBudget(most=512)
+    budget.observe(0, 10, 0.1)  # a slow machine: 10 ms a token
+    budget.observe(1, 0, 0.02)
+    assert budget.tokens(decoding=True) == LEAST_PREFILL
+    assert budget.tokens(decoding=False) == 100
+    assert PrefillBudget(most=4).tokens(decoding=False) == 4
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 6), st.integers(0, 5)), min_size=1, max_size=8),
+    slots=st.integers(1, 4),
+    prefill=st.integers(1, 20),
+)
+def test_any_schedule_computes_every_position_once_and_in_order(
+    sizes: list[tuple[int, int, int]], slots: int, prefill: int
+) -> None:
+    scheduler = Scheduler(slots, prefill)
+    coming = sorted(((join, sequence(p, n)) for p, n, join in sizes), key=lambda x: x[0])
+    everyone = [s for _, s in coming]
+    for turn in range(1000):
+        for _, s in [x for x in coming if x[0] <= turn]:
+            scheduler.add(s)
+        coming = [x for x in coming if x[0] > turn]
+        scheduler.admit(0.0)
+        step = scheduler.next_step()
+        if step is None:
+            if not coming:
+                break
+            continue
+        assert len(step.tokens) == len(step.slots) == len(step.positions) <= prefill + slots
+        expected = [(x.sequence.slot, x.sequence.computed + j) for x in step.shares for j in range(x.count)]
+        assert list(zip(step.slots, step.positions, strict=True)) == expected
+        compute(step)
+        for share in step.shares:
+            if len(share.sequence.output_ids) >= share.sequence.output_limit:
+                scheduler.remove(share.sequence)
+    assert all(len(s.output_ids) == s.output_limit and s.slot is None for s in everyone)
+
+
+def test_scheduling_needs_no_torch() -> None:
+    code = "import sys, inference.scheduler, inference.backend, inference.admission; sys.exit('torch' in sys.modules)"
+    root = Path(__file__).resolve().parent.parent
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, timeout=30).returncode == 0

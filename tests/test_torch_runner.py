@@ -1,0 +1,138 @@
+"""The torch runner: ragged rows give the logits of the whole forward, and choosing a runner."""
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from inference import build as building
+from inference.build import RunnerOptions, build_runner, fingerprint, pick_device
+from inference.torch_runner import TorchRunner
+from model import GPT, GPTConfig
+
+V = 50
+
+
+def tiny(**config: Any) -> GPT:
+    torch.manual_seed(4)
+    shape = {"n_layer": 2, "n_head": 3, "n_embd": 48, "block_size": 40, "vocab_size": V, **config}
+    model = GPT(GPTConfig(**shape)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)  # biases and layer norms too
+    return model
+
+
+def whole(model: GPT, ids: list[int]) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(torch.tensor([ids]))[0][0]
+
+
+def feed(runner: TorchRunner, ids: list[int], slot: int, pieces: list[int]) -> torch.Tensor:
+    """Compute a sequence in pieces of the given sizes; return all its logits."""
+    logits, start = [], 0
+    for size in pieces:
+        end = min(start + size, len(ids))
+        n = end - start
+        if n > 0:
+            logits.append(runner.rows(ids[start:end], [slot] * n, list(range(start, end)), list(range(n))))
+        start = end
+    return torch.cat(logits)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"bias": False}, {"activation": "gelu_new"}, {"tied": False}, {"n_head": 1}, {"n_embd": 51, "n_head": 3}],
+    ids=str,
+)
+@pytest.mark.parametrize("pieces", [[30], [1] * 30, [7, 1, 1, 21], [1, 29]], ids=str)
+def test_a_sequence_in_any_pieces_has_the_logits_of_the_whole(config: dict[str, Any], pieces: list[int]) -> None:
+    ids = [(i * 7) % V for i in range(30)]
+    runner, expected = TorchRunner(tiny(**config), slots=2), whole(tiny(**config), ids)
+    torch.testing.assert_close(feed(runner, ids, 1, pieces), expected, atol=2e-5, rtol=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), slots=st.integers(1, 4), most=st.integers(1, 40))
+def test_rows_of_many_slots_do_not_see_each_other(seed: int, slots: int, most: int) -> None:
+    rng, model, runner = random.Random(seed), tiny(), TorchRunner(tiny(), slots=4)
+    texts = [[rng.randrange(V) for _ in range(rng.randint(1, most))] for _ in range(slots)]
+    done = [0] * slots
+    expected = [whole(model, ids) for ids in texts]
+    while any(n < len(ids) for n, ids in zip(done, texts, strict=True)):
+        rows: list[tuple[int, int]] = []
+        for slot in rng.sample(range(slots), slots):
+            end = min(done[slot] + rng.choice([0, 1, 1, 5, 12]), len(texts[slot]))
+            rows += [(slot, p) for p in range(done[slot], end)]
+            done[slot] = end
+        want = rng.choices(range(len(rows)), k=min(6, len(rows)))
+        if rows:
+            logits = runner.rows([texts[s][p] for s, p in rows], [s for s, _ in rows], [p for _, p in rows], want)
+            assert logits.shape == (len(want), V) and logits.dtype == torch.float32
+            for got, i in zip(logits, want, strict=True):
+                torch.testing.assert_close(got, expected[rows[i][0]][rows[i][1]], atol=2e-5, rtol=1e-5)
+
+
+def test_a_slot_is_used_again_from_position_0() -> None:
+    runner, model = TorchRunner(tiny(), slots=1), tiny()
+    feed(runner, list(range(40)), 0, [40])
+    short = [9, 8, 7]
+    torch.testing.assert_close(feed(runner, short, 0, [1, 1, 1]), whole(model, short), atol=2e-5, rtol=1e-5)
+
+
+def test_the_last_position_of_the_context_can_be_used() -> None:
+    ids = [i % V for i in range(40)]
+    torch.testing.assert_close(feed(TorchRunner(tiny(), 1), ids, 0, [39, 1]), whole(tiny(), ids), atol=2e-5, rtol=1e-5)
+
+
+def test_bf16_stays_near_fp32() -> None:
+    ids = [(i * 5) % V for i in range(30)]
+    expected = whole(tiny(), ids)
+    logits = feed(TorchRunner(tiny(), 2, dtype="bf16"), ids, 0, [20, *[1] * 10])
+    assert logits.dtype == torch.float32
+    assert (logits - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_a_precision_it_does_not_have_is_refused() -> None:
+    with pytest.raises(ValueError, match="dtype is 'int4'; the torch runner has fp32, bf16"):
+        TorchRunner(tiny(), 1, dtype="int4")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "tpu"}, "device is 'tpu'; it must be one of auto, cpu, cuda, mps"),
+        ({"dtype": "fp8"}, "dtype is 'fp8'"),
+        ({"slots": 0}, "slots is 0; it must be at least 1"),
+        ({"threads": 0}, "threads is 0"),
+    ],
+)
+def test_bad_options_are_refused_by_name(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RunnerOptions(**options)
+
+
+def test_a_device_that_is_not_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device is 'cuda', but torch finds none here"):
+        pick_device("cuda")
+
+
+def test_the_torch_runner_serves_where_the_native_one_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(building, "_native", lambda model, options: (None, "a test"))
+    runner, reason = build_runner(tiny(), RunnerOptions(device="cpu", slots=3))
+    assert (runner.name, runner.device, runner.dtype, runner.slots, reason) == ("torch", "cpu", "fp32", 3, "a test")
+    with pytest.raises(ValueError, match="int8"):
+        build_runner(tiny(), RunnerOptions(device="cpu", dtype="int8"))
+
+
+def test_a_fingerprint_changes_with_any_weight() -> None:
+    model = tiny()
+    before = fingerprint(model)
+    assert before == fingerprint(tiny())
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] += 1e-6
+    assert fingerprint(model) != before
