@@ -1,0 +1,296 @@
+"""The command-line client: click commands over one `ApiClient`, which speaks HTTP to a running server.
+
+    python api_client.py status | list | load | unload | generate | train | jobs | datasets | upload | export
+
+Text goes to stdout, notes and errors to stderr; `--json` prints the raw reply. Exit codes: 0 done, 1 the server
+refused or failed, 2 wrong usage, 3 server not reachable, 130 stopped by Ctrl-C. `client/` holds the HTTP calls, the
+tables of options and the views; nothing of the server is imported, so that help and mistakes are answered at once.
+"""
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import click
+
+from client.api import DEFAULT_URL, ApiClient, ApiError, Reply
+from client.follow import INTERRUPTED, follow
+from client.options import SAMPLING, TRAINING, given, job_name, options, parse_settings, read_prompt
+from client.view import advise, note, print_reply, raw, say
+
+# ---- how the commands are made
+
+
+def remember(context: click.Context, option: click.Parameter, value: object) -> None:
+    """Keep a global option wherever on the line it stands; the last one counts."""
+    if value is not None:
+        context.meta[str(option.name)] = value
+
+
+def global_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that every command takes."""
+    add = functools.partial(click.option, callback=remember, expose_value=False)
+    command = add("--json", is_flag=True, default=None, help="Print the raw reply.")(command)
+    command = add("--api_key", help="API key; else LM_SERVER_API_KEY.")(command)
+    return add("--url", help=f"Server; else LM_SERVER_URL, else {DEFAULT_URL}.")(command)
+
+
+def connect() -> ApiClient:
+    """Return the client that the options or the environment ask for."""
+    meta = click.get_current_context().meta
+    url = meta.get("url") or os.environ.get("LM_SERVER_URL") or DEFAULT_URL
+    return ApiClient(url, meta.get("api_key") or os.environ.get("LM_SERVER_API_KEY") or None)
+
+
+def command(group: click.Group, name: str) -> Callable[..., Any]:
+    """Register a function as a command that gets a client and takes the global options after its name, too."""
+
+    def register(function: Callable[..., None]) -> click.Command:
+        @functools.wraps(function)
+        def run(**values: Any) -> None:
+            client = connect()
+            try:
+                function(client, **values)
+            except (AttributeError, KeyError, TypeError) as error:
+                what = f"the answer of {client.url} has another shape than expected ({error!r})"
+                raise ApiError(f"{what}; is the server of this client's version?") from error
+
+        made: click.Command = group.command(name)(global_options(run))
+        return made
+
+    return register
+
+
+@click.group(
+    context_settings={
+        "token_normalize_func": lambda word: word.replace("-", "_"),
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 110,
+    }
+)
+@global_options
+def cli() -> None:
+    """Load, generate and train with a language-model server.
+
+    The server is started by `python api_server.py` or `make run`. Options may be written with dashes, too.
+    """
+
+
+# ---- models and text
+
+
+@command(cli, "status")
+def status(client: ApiClient) -> None:
+    """Show the server, its model, its queue and its jobs."""
+    print_reply(client.status())
+
+
+@command(cli, "list")
+def list_models(client: ApiClient) -> None:
+    """List the models that can be loaded."""
+    reply = client.models()
+    if raw():
+        return print_reply(reply)
+    say(f"pretrained: {', '.join(reply['pretrained_models'])}")
+    rows = [model["config"] | model for model in reply["trained_models"]]
+    print_reply({"trained_models": rows}, "trained_models", "name path dataset model_type iter_num best_val_loss")
+
+
+@command(cli, "load")
+@click.option("--model_type", help="Pretrained or bundled name, such as gpt2.")
+@click.option("--model_path", help="Checkpoint or folder, such as out/my_model/ckpt.pt.")
+def load(client: ApiClient, **which: str | None) -> None:
+    """Load a model: exactly one of --model_type and --model_path."""
+    if len(given(which)) != 1:
+        raise click.UsageError("give exactly one of --model_type and --model_path; `list` shows what there is")
+    note("loading ...")
+    print_reply(client.load_model(given(which)))
+    advise(client, generate='generate --prompt "Once upon a time"')
+
+
+@command(cli, "unload")
+def unload(client: ApiClient) -> None:
+    """Unload the model and give its memory back."""
+    print_reply(client.unload_model())
+    advise(client, load="load --model_type tiny-shakespeare")
+
+
+def stream(client: ApiClient, body: Reply) -> None:
+    """Print the prompt, then the text as it comes; the notes about it go to stderr."""
+    end: Reply = {}
+    try:
+        for number, event in enumerate(client.generate_stream(body | {"stream": True})):
+            say(body["prompt"] if number == 0 else "", nl=False)
+            say(event.get("text", ""), nl=False)
+            end = event
+    except KeyboardInterrupt:
+        say()
+        note("stopped")
+        raise click.exceptions.Exit(INTERRUPTED) from None
+    say()
+    print_end(end)
+
+
+def print_end(reply: Reply) -> None:
+    usage = reply.get("usage") or {}
+    note(f"[{usage.get('completion_tokens', '?')} tokens, finish_reason {reply.get('finish_reason')}]")
+
+
+@command(cli, "generate")
+@click.option("--prompt", required=True, help="Text to continue; - reads standard input as it is.")
+@click.option("--max_tokens", type=int, help="New tokens at most.")
+@options(SAMPLING)
+@click.option("--stop", multiple=True, help="End before this text. May be given several times.")
+@click.option("--no_stream", is_flag=True, help="Print the text when it is complete.")
+def generate(client: ApiClient, prompt: str, max_tokens: int | None, no_stream: bool, **sampling: Any) -> None:
+    """Generate text, shown as it comes. Ctrl-C stops it. The server has the defaults."""
+    body = given({"prompt": read_prompt(prompt), "max_new_tokens": max_tokens, **sampling})
+    if not (no_stream or raw()) and body.get("num_samples", 1) == 1:
+        return stream(client, body)
+    reply = client.generate(body)
+    if raw():
+        return print_reply(reply)
+    for text in reply.get("samples") or [reply["generated_text"]]:
+        say(text)
+    print_end(reply)
+
+
+# ---- training
+
+
+@command(cli, "train")
+@click.option("--dataset", required=True, help="Dataset, such as stdlib or shakespeare; `datasets` lists them.")
+@click.option("--output_dir", required=True, help="Folder of the run: out/<name>.")
+@options(TRAINING)
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other setting; the value as JSON.")
+@click.option("--follow", "live", is_flag=True, help="Watch the job until it ends.")
+def train(client: ApiClient, settings: tuple[str, ...], live: bool, **config: Any) -> None:
+    """Train a model in a job of the server, which needs neither this terminal nor, once started, the server."""
+    body, other = given(config), parse_settings(settings)
+    if twice := sorted(body.keys() & other.keys()):
+        raise click.UsageError(f"{twice[0]} is given twice: as an option and by --set")
+    reply = client.train(body | other)
+    name = PurePosixPath(reply["config_path"]).parent.name
+    if raw():
+        print_reply(reply)
+    else:
+        say(f"{reply['message']}: job {name}, settings in {reply['config_path']}")
+    if live:
+        return follow(client, name)
+    after = {"load": f"load --model_path out/{name}/ckpt.pt", "generate": 'generate --prompt "Once upon a time"'}
+    advise(client, follow=f"jobs follow {name}", **after)
+
+
+@cli.group("jobs", invoke_without_command=True)
+@global_options
+@click.pass_context
+def jobs(context: click.Context) -> None:
+    """List the training jobs, or do something with one of them."""
+    if context.invoked_subcommand is None:
+        context.invoke(list_jobs)
+
+
+@command(jobs, "list")
+def list_jobs(client: ApiClient) -> None:
+    """List the training jobs."""
+    print_reply(client.jobs(), "jobs", "name state iter_num max_iters loss val_loss tokens_per_second error")
+
+
+name_argument = click.argument("name", callback=job_name)
+
+
+@command(jobs, "show")
+@name_argument
+def show(client: ApiClient, name: str) -> None:
+    """Show all that is known about a job."""
+    print_reply(client.job(name))
+
+
+@command(jobs, "follow")
+@name_argument
+def follow_job(client: ApiClient, name: str) -> None:
+    """Watch a job: progress, losses as a plot, speed, time left. Ctrl-C leaves the job running."""
+    follow(client, name)
+
+
+@command(jobs, "log")
+@name_argument
+@click.option("--follow", "live", is_flag=True, help="Go on until the job ends.")
+def log(client: ApiClient, name: str, live: bool) -> None:
+    """Show the last lines that a job has printed."""
+    if not live:
+        reply = client.log(name)
+        return print_reply(reply) if raw() else say(reply["log"], nl=False)
+    try:
+        for event in client.log_events(name):
+            click.echo(json.dumps(event)) if raw() else say(event["text"], nl=False)
+    except KeyboardInterrupt:
+        raise click.exceptions.Exit(INTERRUPTED) from None
+
+
+@command(jobs, "stop")
+@name_argument
+def stop(client: ApiClient, name: str) -> None:
+    """Stop a job after it has saved a checkpoint."""
+    print_reply(client.stop(name))
+    advise(client, resume=f"jobs resume {name}")
+
+
+@command(jobs, "resume")
+@name_argument
+@click.option("--max_iters", type=int, help="Go on to this iteration; else to the one it was started for.")
+def resume(client: ApiClient, name: str, max_iters: int | None) -> None:
+    """Go on with a job that has ended, from its last checkpoint."""
+    print_reply(client.resume(name, given({"max_iters": max_iters})))
+    advise(client, follow=f"jobs follow {name}")
+
+
+@command(jobs, "delete")
+@name_argument
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def delete(client: ApiClient, name: str, yes: bool) -> None:
+    """Delete a job with its checkpoints."""
+    if not yes:
+        click.confirm(f"Delete the job {name} with its checkpoints?", abort=True, err=True)
+    print_reply(client.delete_job(name))
+
+
+# ---- data in, models out
+
+
+@command(cli, "datasets")
+def datasets(client: ApiClient) -> None:
+    """List the datasets to train on."""
+    print_reply(client.datasets(), "datasets", "name bytes documents tokens prepared source")
+
+
+@command(cli, "upload")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--name", help="Name of the dataset; else the file's name without its ending.")
+def upload(client: ApiClient, file: Path, name: str | None) -> None:
+    """Upload a .txt or .jsonl FILE as a dataset to train on."""
+    name = file.stem if name is None else name
+    print_reply(client.upload(file, name))
+    advise(client, train=f"train --dataset {name} --output_dir out/{name} --model_type nano --follow")
+
+
+@command(cli, "export")
+@click.argument("name", callback=job_name)
+def export(client: ApiClient, name: str) -> None:
+    """Export the trained model NAME as a folder that transformers loads."""
+    print_reply(client.export({"model": name, "format": "hf"}))
+
+
+def main() -> None:
+    """Run the command line; a terminal that lacks a character shows `?` for it."""
+    for out in (sys.stdout, sys.stderr):
+        out.reconfigure(errors="replace")  # type: ignore[union-attr]
+    cli(prog_name="api_client.py")
+
+
+if __name__ == "__main__":
+    main()

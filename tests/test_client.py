@@ -1,0 +1,560 @@
+"""The command-line client against a full fake of the server: every call, every kind of bad answer, every exit code."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+import client.follow
+from api_client import cli
+from client.api import ApiClient, ApiError, clean, event_data
+from client.follow import Watched, picture, plot
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = {"dataset": "stdlib", "model_type": "nano", "output_dir": "out/mine"}
+MODELS = {
+    "pretrained_models": ["gpt2", "tiny-shakespeare"],
+    "trained_models": [{"name": "mine", "path": "out/mine/ckpt.pt", "config": CONFIG, "iter_num": 20}],
+}
+STATUS = {"status": "online", "model_loaded": True, "device": "cpu", "timestamp": 1.7e9, "model": {"id": "mine"}}
+
+
+def sse(*frames: str) -> tuple[int, str, bytes]:
+    return 200, "text/event-stream", "".join(f"{frame}\n\n" for frame in frames).encode()
+
+
+class FakeServer(ThreadingHTTPServer):
+    """The routes of the API with a small state; `answers` replaces the answer of a route."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.answers: dict[str, object] = {}
+        self.requests: list[tuple[str, str, object]] = []
+        self.keys: list[str | None] = []
+        self.polls = 0
+        self.job = {"name": "mine", "state": "running", "iter_num": 0, "max_iters": 40, "error": None}
+
+    def reply(self, method: str, path: str, query: str, body: object) -> object:
+        route = f"{method} {path}"
+        if route in self.answers:
+            answer = self.answers[route]
+            return answer() if callable(answer) else answer
+        routes = {
+            "GET /api/status": lambda: STATUS,
+            "GET /api/models": lambda: MODELS,
+            "POST /api/load_model": lambda: {"message": "Model loaded successfully", "model": {"id": "mine"}},
+            "POST /api/unload_model": lambda: {"message": "Model unloaded"},
+            "POST /api/generate": lambda: self.generate(body),
+            "POST /api/train": lambda: {
+                "message": "Training started",
+                "config": body,
+                "config_path": "out/mine/train_config.json",
+                "process_id": 7,
+            },
+            "GET /api/jobs": lambda: {"jobs": [self.job]},
+            "GET /api/jobs/mine": self.look,
+            "GET /api/jobs/mine/metrics": lambda: {"metrics": self.rows(query)},
+            "GET /api/jobs/mine/log": lambda: self.log(query),
+            "POST /api/jobs/mine/stop": lambda: self.job | {"state": "stopped"},
+            "POST /api/jobs/mine/resume": lambda: self.job | {"state": "queued"},
+            "DELETE /api/jobs/mine": lambda: self.job,
+            "GET /api/datasets": lambda: {"datasets": [{"name": "stdlib", "bytes": 12, "tokens": {"gpt2": 5}}]},
+            "POST /api/datasets": lambda: {"name": "notes", "bytes": 3},
+            "POST /api/export": lambda: {"message": "exported", "path": "out/mine/hf"},
+        }
+        return routes[route]() if route in routes else (404, "application/json", b'{"error": "there is no such job"}')
+
+    def generate(self, body: dict) -> object:
+        if not body.get("stream"):
+            text = body["prompt"] + " there was"
+            return {"generated_text": text, "finish_reason": "length", "usage": {"completion_tokens": 2}}
+        pieces = [f'data: {{"text": "{piece}", "index": 0}}' for piece in (" there", " was")]
+        end = 'data: {"finish_reason": "length", "usage": {"completion_tokens": 2}}'
+        return sse(": ping", *pieces, end, "data: [DONE]")
+
+    def look(self) -> dict:
+        self.polls += 1
+        self.job["iter_num"] = min(10 * self.polls, 40)
+        if self.polls > 4:
+            self.job["state"] = "succeeded"
+        return self.job
+
+    def rows(self, query: str) -> list[dict]:
+        after = int(query.partition("after=")[2] or -1)
+        seen = range(0, self.job["iter_num"] + 1, 10)
+        return [
+            {"iter_num": i, "loss": 4 - i / 20, "val_loss": 4.1 - i / 20 if i % 20 == 0 else None}
+            for i in seen
+            if i > after
+        ]
+
+    def log(self, query: str) -> object:
+        if "follow=1" in query:
+            return sse('data: {"text": "one\\n"}', 'data: {"text": "two\\n"}', "data: [DONE]")
+        return {"log": "one\n"}
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: FakeServer
+
+    def handle_one_request(self) -> None:
+        try:
+            super().handle_one_request()
+        except (ConnectionError, ValueError):  # the client has left
+            self.close_connection = True
+
+    def do_GET(self) -> None:
+        raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        is_json = "json" in (self.headers.get("Content-Type") or "")
+        path, _, query = self.path.partition("?")
+        self.server.keys.append(self.headers.get("Authorization"))
+        self.server.requests.append((self.command, self.path, json.loads(raw) if is_json else raw))
+        answer = self.server.reply(self.command, path, query, self.server.requests[-1][2])
+        if answer is None:
+            self.connection.close()  # no answer at all
+            return
+        if isinstance(answer, dict):
+            answer = (200, "application/json", json.dumps(answer).encode())
+        status, kind, content = answer
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_POST = do_DELETE = do_GET
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    fake = FakeServer()
+    thread = threading.Thread(target=fake.serve_forever, args=(0.01,))
+    thread.start()
+    monkeypatch.setenv("LM_SERVER_URL", fake.url)
+    monkeypatch.delenv("LM_SERVER_API_KEY", raising=False)
+    monkeypatch.setattr(client.follow, "POLL_SECONDS", 0.01)
+    yield fake
+    fake.shutdown()
+    fake.server_close()
+    thread.join()
+
+
+def run(*words: str, stdin: bytes | str | None = None):
+    return CliRunner().invoke(cli, words, input=stdin)
+
+
+def body_of(server: FakeServer) -> dict:
+    return server.requests[-1][2]
+
+
+# ---- commands
+
+
+def test_status_shows_the_fields_of_the_reply(server):
+    done = run("status")
+    assert done.exit_code == 0
+    assert "device" in done.stdout and "id mine" in done.stdout and "1.7e+09" not in done.stdout
+
+
+@pytest.mark.parametrize("words", [("--json", "status"), ("status", "--json")])
+def test_json_prints_the_reply_before_or_after_the_command(server, words):
+    assert json.loads(run(*words).stdout) == STATUS
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_the_address_and_the_key_may_stand_before_or_after_the_command(server, monkeypatch, before):
+    monkeypatch.setenv("LM_SERVER_URL", "http://127.0.0.1:1")
+    options = ["--url", server.url, "--api-key", "secret"]
+    assert run(*(options + ["status"] if before else ["status", *options])).exit_code == 0
+    assert server.keys == ["Bearer secret"]
+
+
+def test_the_environment_gives_the_key(server, monkeypatch):
+    monkeypatch.setenv("LM_SERVER_API_KEY", "from-env")
+    run("status")
+    assert server.keys == ["Bearer from-env"]
+
+
+def test_list_shows_pretrained_names_and_trained_models(server):
+    lines = run("list").stdout.splitlines()
+    assert lines[0] == "pretrained: gpt2, tiny-shakespeare"
+    assert lines[-1].split()[:5] == ["mine", "out/mine/ckpt.pt", "stdlib", "nano", "20"]
+
+
+@pytest.mark.parametrize(
+    ("words", "sent"),
+    [
+        (["--model_path", "out/mine/ckpt.pt"], {"model_path": "out/mine/ckpt.pt"}),
+        (["--model-type", "gpt2"], {"model_type": "gpt2"}),
+    ],
+)
+def test_load_sends_the_one_choice_and_says_what_next(server, words, sent):
+    done = run("load", *words)
+    assert body_of(server) == sent
+    assert "Model loaded successfully" in done.stdout and "generate --prompt" in done.stderr
+
+
+@pytest.mark.parametrize("words", [[], ["--model_type", "a", "--model_path", "b"]])
+def test_load_wants_exactly_one_choice(server, words):
+    done = run("load", *words)
+    assert done.exit_code == 2 and "exactly one" in done.stderr and not server.requests
+
+
+def test_unload_prints_the_message(server):
+    assert "Model unloaded" in run("unload").stdout
+
+
+def test_generate_streams_the_prompt_and_the_text_and_nothing_else_to_stdout(server):
+    done = run("generate", "--prompt", "Once")
+    assert done.stdout == "Once there was\n"
+    assert "2 tokens" in done.stderr and body_of(server) == {"prompt": "Once", "stream": True}
+
+
+def test_generate_sends_every_option_under_its_name(server):
+    options = {"temperature": 0.0, "top_k": 5, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.1, "seed": 0}
+    options |= {"presence_penalty": 0.5, "frequency_penalty": -0.5, "num_samples": 1}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    run("generate", "--prompt", "x", "--max_tokens", "7", "--stop", "a", "--stop", "b", "--no_stream", *words)
+    assert body_of(server) == {"prompt": "x", "max_new_tokens": 7, "stop": ["a", "b"], **options}
+
+
+def test_dashes_are_underscores(server):
+    run("generate", "--prompt", "x", "--max-tokens=7", "--top-k", "3", "--no-stream")
+    assert body_of(server) == {"prompt": "x", "max_new_tokens": 7, "top_k": 3}
+
+
+def test_generate_reads_standard_input_as_it_is(server):
+    run("generate", "--prompt", "-", stdin="Zwölf\n")
+    assert body_of(server)["prompt"] == "Zwölf\n"
+
+
+def test_generate_refuses_standard_input_that_is_no_text(server):
+    done = run("generate", "--prompt", "-", stdin=b"ab\xff")
+    assert done.exit_code == 2 and "byte 2" in done.stderr
+
+
+def test_generate_prints_every_sample(server):
+    server.answers["POST /api/generate"] = {"generated_text": "one", "samples": ["one", "two"], "usage": {}}
+    assert run("generate", "--prompt", "x", "--num_samples", "2").stdout == "one\ntwo\n"
+    assert "stream" not in body_of(server)
+
+
+def test_generate_json_prints_one_reply(server):
+    assert json.loads(run("generate", "--prompt", "Once", "--json").stdout)["generated_text"] == "Once there was"
+
+
+def test_a_number_that_json_lacks_is_refused_before_it_is_sent(server):
+    done = run("generate", "--prompt", "x", "--temperature", "nan")
+    assert done.exit_code == 2 and "--temperature is nan" in done.stderr and not server.requests
+
+
+def test_train_sends_options_and_settings_and_says_what_next(server):
+    done = run(
+        "train", "--dataset", "d", "--output_dir", "out/mine", "--max_iters", "9", "--set", "bias=false", "--set", "a=b"
+    )
+    assert body_of(server) == {"dataset": "d", "output_dir": "out/mine", "max_iters": 9, "bias": False, "a": "b"}
+    assert "Training started: job mine" in done.stdout
+    assert "jobs follow mine" in done.stderr and "load --model_path out/mine/ckpt.pt" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("setting", "complaint"), [("bias", "key=value"), ("=3", "key=value"), ("max_iters=3", "twice")]
+)
+def test_train_refuses_settings_that_are_not_settings(server, setting, complaint):
+    done = run("train", "--dataset", "d", "--output_dir", "out/mine", "--max_iters", "9", "--set", setting)
+    assert done.exit_code == 2 and complaint in done.stderr and not server.requests
+
+
+def test_every_training_option_is_a_field_of_the_configuration():
+    from client.options import TRAINING
+    from training.config import TrainConfig
+
+    assert set(TRAINING) <= set(TrainConfig.model_fields)
+
+
+@pytest.mark.parametrize("words", [("jobs",), ("jobs", "list")])
+def test_jobs_are_listed(server, words):
+    heading, line = run(*words).stdout.splitlines()
+    assert heading.split()[:2] == ["name", "state"] and line.split()[:2] == ["mine", "running"]
+
+
+@pytest.mark.parametrize("words", [("--json", "jobs"), ("jobs", "--json"), ("jobs", "list", "--json")])
+def test_jobs_are_listed_as_json(server, words):
+    assert json.loads(run(*words).stdout)["jobs"][0]["name"] == "mine"
+
+
+@pytest.mark.parametrize("name", ["mine", "out/mine", "out/mine/"])
+def test_a_job_is_named_by_its_name_or_its_folder(server, name):
+    assert run("jobs", "show", name).exit_code == 0
+    assert server.requests[-1][1] == "/api/jobs/mine"
+
+
+@pytest.mark.parametrize("name", ["..", ".", "a/b", "out/", ""])
+def test_what_is_no_job_name_is_refused(server, name):
+    done = run("jobs", "show", name)
+    assert done.exit_code == 2 and "not the name of a job" in done.stderr and not server.requests
+
+
+def test_a_job_name_is_quoted_in_the_path(server):
+    run("jobs", "show", "a?b#c")
+    assert server.requests[-1][1] == "/api/jobs/a%3Fb%23c"
+
+
+def test_stop_resume_and_delete_call_the_server(server):
+    run("jobs", "stop", "mine")
+    run("jobs", "resume", "mine", "--max_iters", "80")
+    run("jobs", "delete", "mine", "--yes")
+    assert server.requests == [
+        ("POST", "/api/jobs/mine/stop", b""),
+        ("POST", "/api/jobs/mine/resume", {"max_iters": 80}),
+        ("DELETE", "/api/jobs/mine", b""),
+    ]
+
+
+def test_delete_asks_first_and_no_is_no(server):
+    done = run("jobs", "delete", "mine", stdin="n\n")
+    assert done.exit_code == 1 and not server.requests
+
+
+def test_log_prints_the_tail_or_follows(server):
+    assert run("jobs", "log", "mine").stdout == "one\n"
+    assert run("jobs", "log", "mine", "--follow").stdout == "one\ntwo\n"
+
+
+def test_datasets_are_listed(server):
+    assert run("datasets").stdout.splitlines()[-1].split()[:3] == ["stdlib", "12", "-"]
+
+
+@pytest.mark.parametrize("name", [None, "other"])
+def test_upload_sends_name_and_file_as_a_form(server, tmp_path, name):
+    (tmp_path / 'no"tes.txt').write_bytes(b"abc\r\n\x00")
+    done = run("upload", str(tmp_path / 'no"tes.txt'), *(["--name", name] if name else []))
+    form = body_of(server)
+    assert f'name="name"\r\n\r\n{name or chr(110) + "o" + chr(34) + "tes"}\r\n'.encode() in form
+    assert b'filename="no%22tes.txt"' in form and b"\r\n\r\nabc\r\n\x00\r\n--" in form
+    assert done.exit_code == 0 and "train --dataset" in done.stderr
+
+
+@pytest.mark.parametrize("file", ["missing.txt", "."])
+def test_upload_wants_a_file_that_is_there(server, file):
+    assert run("upload", file).exit_code == 2 and not server.requests
+
+
+def test_export_asks_for_the_hugging_face_layout(server):
+    done = run("export", "out/mine")
+    assert body_of(server) == {"model": "mine", "format": "hf"} and "out/mine/hf" in done.stdout
+
+
+def test_empty_lists_say_so(server):
+    server.answers["GET /api/jobs"] = {"jobs": []}
+    done = run("jobs")
+    assert done.stdout == "" and "no jobs yet" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words", [("statsu",), ("jobs", "shwo", "x"), ("generate", "--promt", "x"), ("train",), ("status", "x")]
+)
+def test_mistypes_are_usage_errors(server, words):
+    assert run(*words).exit_code == 2 and not server.requests
+
+
+# ---- bad answers
+
+
+HTML = (502, "text/html", b"<html>\nBad Gateway</html>")
+BAD = {
+    "HTML 502": (HTML, "answers 502"),
+    "HTML 200": ((200, "text/html", b"<html>hello"), "not a JSON object"),
+    "a list": ((200, "application/json", b"[1]"), "not a JSON object"),
+    "deep JSON": ((200, "application/json", b"[" * 100_000), "not a JSON object"),
+    "redirect": ((302, "text/html", b""), "answers 302"),
+    "error without text": ((500, "application/json", b"{}"), "answers 500"),
+    "a wrong shape": ({"jobs": [3]}, "another shape"),
+    "no answer": (None, "broke off"),
+    "a refusal": ((400, "application/json", b'{"error": "top_k is -1"}'), "top_k is -1"),
+    "no key": ((401, "application/json", b'{"error": "no key"}'), "--api_key"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_answer_is_one_clear_line(server, case):
+    server.answers["GET /api/jobs"], complaint = BAD[case]
+    done = run("jobs")
+    assert done.exit_code == 1 and done.stdout == ""
+    assert complaint in done.stderr and done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1
+
+
+STREAMS = {
+    "cut": (sse('data: {"text": "a"}'), "the stream was cut"),
+    "cut inside a frame": ((200, "text/event-stream", b'data: {"text": "a"}\n\ndata: {"te'), "the stream was cut"),
+    "error frame": (sse('data: {"text": "a"}', 'data: {"error": "the engine stopped"}'), "the engine stopped"),
+    "no JSON": (sse("data: oops"), "not a JSON object"),
+    "refused": ((400, "application/json", b'{"error": "prompt is too long"}'), "prompt is too long"),
+    "plain reply": ({"generated_text": "a"}, "the stream was cut"),
+}
+
+
+@pytest.mark.parametrize("case", STREAMS)
+def test_a_stream_that_goes_wrong_ends_with_exit_code_1(server, case):
+    server.answers["POST /api/generate"], complaint = STREAMS[case]
+    done = run("generate", "--prompt", "x")
+    assert done.exit_code == 1 and complaint in done.stderr and "finish_reason" not in done.stderr
+
+
+def test_control_characters_of_the_server_never_reach_the_terminal(server):
+    server.answers["GET /api/jobs"] = {"jobs": [{"name": "\x1b[2J\x9b\u202e", "state": "a\nb\r"}]}
+    server.answers["POST /api/generate"] = (400, "application/json", b'{"error": "\\u001b]0;x\\u0007"}')
+    seen = run("jobs").stdout + run("generate", "--prompt", "x").stderr
+    assert re.search(r"[\x1b\x9b\x07\r\u202e]", seen) is None and r"\x1b[2J\x9b\u202e" in seen
+
+
+def test_clean_keeps_text_lines_and_tabs():
+    assert clean("ä\n\t😀") == "ä\n\t😀"
+
+
+@pytest.mark.parametrize("url", ["ftp://a", "http://", "http://a:b", "http://a b", "http://[::1", "http://u:p@h", ""])
+def test_an_address_that_is_none_is_a_usage_error(url):
+    with pytest.raises(click.UsageError):
+        ApiClient(url)
+
+
+def test_an_address_needs_no_scheme():
+    assert ApiClient("localhost:5000/").url == "http://localhost:5000"
+    assert ApiClient("https://[::1]:5000").url == "https://[::1]:5000"
+
+
+def test_a_key_with_a_line_end_is_a_usage_error():
+    with pytest.raises(click.UsageError):
+        ApiClient(api_key="a\nb")
+
+
+def test_events_are_parsed_across_blocks_with_comments_and_joined_lines():
+    text = ": hello\nevent: x\nid: 1\ndata: a\r\ndata:b\n\n\ndata: ü\u2028\n\ndata: cut".encode()
+    assert list(event_data(text[i : i + 1] for i in range(len(text)))) == ["a\nb", "ü\u2028"]
+
+
+# ---- following a job
+
+
+def test_follow_prints_a_line_for_each_evaluation_and_what_next(server):
+    done = run("jobs", "follow", "mine")
+    assert done.exit_code == 0
+    assert [line.split("iteration ")[1].split()[0] for line in done.stdout.splitlines()] == ["0", "20", "40"]
+    assert "val 3.1000" in done.stdout and "load --model_path out/mine/ckpt.pt" in done.stderr
+
+
+def test_train_follow_watches_the_new_job(server):
+    done = run("train", "--dataset", "d", "--output_dir", "out/mine", "--follow")
+    assert done.exit_code == 0 and "iteration 40 of 40" in done.stdout
+
+
+def test_follow_as_json_prints_rows_and_the_job(server):
+    rows = [json.loads(line) for line in run("jobs", "follow", "mine", "--json").stdout.splitlines()]
+    assert [row["iter_num"] for row in rows[:-1]] == [0, 10, 20, 30, 40] and rows[-1]["state"] == "succeeded"
+
+
+@pytest.mark.parametrize("state", ["failed", "stopped", "lost"])
+def test_follow_of_a_job_that_did_not_succeed_gives_its_reason(server, state):
+    server.job |= {"state": state, "error": "out of memory"}
+    done = run("jobs", "follow", "mine")
+    assert done.exit_code == 1 and f"job mine {state}: out of memory" in done.stderr
+
+
+def test_follow_finds_a_server_again_that_was_away(server):
+    replies = iter([server.look, server.look, lambda: HTML, lambda: None, lambda: HTML])
+    server.answers["GET /api/jobs/mine"] = lambda: next(replies, server.look)()
+    done = run("jobs", "follow", "mine")
+    assert done.exit_code == 0
+    assert done.stderr.count("server away") == 1 and "the server is back" in done.stderr
+
+
+def test_follow_of_an_unknown_job_is_an_error_at_once(server):
+    done = run("jobs", "follow", "nobody")
+    assert done.exit_code == 1 and "there is no such job" in done.stderr
+
+
+def test_ctrl_c_ends_the_view_and_leaves_the_job(server, monkeypatch):
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", interrupt)
+    done = run("jobs", "follow", "mine")
+    assert done.exit_code == 130 and "goes on" in done.stderr and "jobs follow mine" in done.stderr
+    assert all(method == "GET" for method, _, _ in server.requests)
+
+
+def test_the_live_view_shows_bar_losses_plot_and_sample(server, capsys, monkeypatch):
+    server.job["sample"] = {"iter_num": 10, "prompt": "def ", "text": "f():\n\x1b[2J"}
+    job = client.follow.draw(ApiClient(server.url), "mine")
+    shown = capsys.readouterr().out
+    assert job["state"] == "succeeded" and "iteration 40 of 40" in shown
+    assert "o" in shown and "4.100" in shown and "def f():" in shown and "\x1b[2J" not in shown
+
+
+def test_the_live_view_says_when_the_server_is_away():
+    from rich.console import Console
+
+    console = Console(width=100)
+    with console.capture() as shown:
+        console.print(picture(Watched({"name": "mine", "state": "running"}, away=True)))
+    assert "server away, the job goes on" in shown.get()
+
+
+def test_the_plot_falls_with_the_loss_and_has_its_size():
+    lines = plot([(i, 5 - i / 50) for i in range(100)], [(0, 5.0), (99, 3.02)])
+    assert len(lines) == 11 and all(len(line) == 69 for line in lines)
+    assert lines[0].startswith("   5.000 o") and lines[9].endswith("o") and lines[10].endswith("99")
+    assert plot([], []) == [] and len(plot([(0, 1.0)], [])) == 11
+
+
+# ---- as a process
+
+
+def start(*words: str, url: str, **how: object) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "LM_SERVER_URL": url}
+    command = [sys.executable, "api_client.py", *words]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=30, **how)
+
+
+def test_a_server_that_is_not_there_is_exit_code_3_and_one_line_that_says_what_to_do():
+    done = start("status", url="http://127.0.0.1:1")
+    assert done.returncode == 3 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "python api_server.py" in done.stderr and "make run" in done.stderr
+
+
+def test_help_needs_neither_requests_nor_rich():
+    code = "import sys, api_client; print({'torch', 'flask', 'requests', 'rich'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert done.stdout == "set()\n"
+
+
+def test_a_terminal_without_the_characters_still_shows_the_rest(server):
+    server.answers["POST /api/generate"] = sse('data: {"text": " \\ud83d\\ude00 \\ud800!"}', "data: [DONE]")
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "api_client.py", "generate", "--prompt", "x"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0 and done.stdout.startswith("x ") and done.stdout.endswith(" ?!\n")
+
+
+def test_the_class_can_be_used_without_the_commands(server):
+    api = ApiClient(server.url)
+    assert api.job("mine")["max_iters"] == 40
+    assert (
+        "".join(event.get("text", "") for event in api.generate_stream({"prompt": "a", "stream": True})) == " there was"
+    )
+    with pytest.raises(ApiError, match="no such job"):
+        api.job("nobody")
