@@ -154,8 +154,8 @@ def generate(client: ApiClient, prompt: str, max_tokens: int | None, no_stream: 
     reply = client.generate(body)
     if raw():
         return print_reply(reply)
-    for text in reply.get("samples") or [reply["generated_text"]]:
-        say(text)
+    for sample in reply.get("samples") or [reply]:
+        say(sample["generated_text"])
     print_end(reply)
 
 
@@ -227,7 +227,7 @@ def log(client: ApiClient, name: str, live: bool) -> None:
         return print_reply(reply) if raw() else say(reply["log"], nl=False)
     try:
         for event in client.log_events(name):
-            click.echo(json.dumps(event)) if raw() else say(event["text"], nl=False)
+            click.echo(json.dumps(event)) if raw() else say(event.get("text", ""), nl=False)
     except KeyboardInterrupt:
         raise click.exceptions.Exit(INTERRUPTED) from None
 

@@ -40,9 +40,20 @@ def readable(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
+def flat(reply: Reply, before: str = "") -> Reply:
+    """Return a reply without objects inside: {"model": {"id": 1}} becomes {"model id": 1}; what is empty is left out."""
+    found: Reply = {}
+    for key, value in reply.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{before}{key} ")
+        elif value not in (None, []):
+            found[f"{before}{key}"] = value
+    return found
+
+
 def print_fields(reply: Reply) -> None:
     """Print a line for each field that has a value."""
-    shown = {key: value for key, value in reply.items() if value not in (None, [], {})}
+    shown = flat(reply)
     width = max(map(len, shown), default=0)
     for key, value in shown.items():
         say(f"{key:{width}}  {readable(value)}")

@@ -81,7 +81,7 @@ class FakeServer(ThreadingHTTPServer):
             text = body["prompt"] + " there was"
             return {"generated_text": text, "finish_reason": "length", "usage": {"completion_tokens": 2}}
         pieces = [f'data: {{"text": "{piece}", "index": 0}}' for piece in (" there", " was")]
-        end = 'data: {"finish_reason": "length", "usage": {"completion_tokens": 2}}'
+        end = 'data: {"generated_text": "Once there was", "finish_reason": "length", "usage": {"completion_tokens": 2}}'
         return sse(": ping", *pieces, end, "data: [DONE]")
 
     def look(self) -> dict:
@@ -102,7 +102,7 @@ class FakeServer(ThreadingHTTPServer):
 
     def log(self, query: str) -> object:
         if "follow=1" in query:
-            return sse('data: {"text": "one\\n"}', 'data: {"text": "two\\n"}', "data: [DONE]")
+            return sse('data: {"text": "one\\n"}', 'data: {"text": "two\\n"}', 'data: {"job": {}}', "data: [DONE]")
         return {"log": "one\n"}
 
 
@@ -167,7 +167,7 @@ def body_of(server: FakeServer) -> dict:
 def test_status_shows_the_fields_of_the_reply(server):
     done = run("status")
     assert done.exit_code == 0
-    assert "device" in done.stdout and "id mine" in done.stdout and "1.7e+09" not in done.stdout
+    assert "device" in done.stdout and "model id" in done.stdout and "1.7e+09" not in done.stdout
 
 
 @pytest.mark.parametrize("words", [("--json", "status"), ("status", "--json")])
@@ -248,7 +248,10 @@ def test_generate_refuses_standard_input_that_is_no_text(server):
 
 
 def test_generate_prints_every_sample(server):
-    server.answers["POST /api/generate"] = {"generated_text": "one", "samples": ["one", "two"], "usage": {}}
+    server.answers["POST /api/generate"] = {
+        "samples": [{"generated_text": text} for text in ("one", "two")],
+        "usage": {},
+    }
     assert run("generate", "--prompt", "x", "--num_samples", "2").stdout == "one\ntwo\n"
     assert "stream" not in body_of(server)
 
