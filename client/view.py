@@ -41,7 +41,7 @@ def readable(value: Any) -> str:
 
 
 def flat(reply: Reply, before: str = "") -> Reply:
-    """Return a reply without objects inside: {"model": {"id": 1}} becomes {"model id": 1}; what is empty is left out."""
+    """Return a reply without objects inside and without what is empty: {"model": {"id": 1}} is {"model id": 1}."""
     found: Reply = {}
     for key, value in reply.items():
         if isinstance(value, dict):
