@@ -4,7 +4,9 @@
     ├── BadName        the name or path is not one a client may give          (HTTP 400)
     ├── NotFound       a well-formed name of something that is not there      (HTTP 404)
     ├── NotLoadable    it is there, but damaged, hostile or not ours          (HTTP 422)
+    ├── Exists         something has this name already                        (HTTP 409)
     ├── NoSpace        the disk has too little room for what was asked        (HTTP 409)
+    ├── TooLarge       an upload is larger than the limit                     (HTTP 413)
     └── Unreachable    it would have to come from a hub that does not answer  (HTTP 503)
 
 Every message is one sentence for the user: it names what was given and never a path outside the project.
@@ -27,8 +29,16 @@ class NotLoadable(StorageError):
     """The file is damaged, hostile, or of another kind."""
 
 
+class Exists(StorageError):
+    """Something has this name already."""
+
+
 class NoSpace(StorageError):
     """Too little room on the disk."""
+
+
+class TooLarge(StorageError):
+    """An upload is larger than the limit."""
 
 
 class Unreachable(StorageError):

@@ -1,0 +1,215 @@
+"""The raw text of a dataset: its .txt and .jsonl files, read as a stream of documents.
+
+A .txt file is one document; a .jsonl file has one per line: {"text"}, {"prompt", "completion"} or {"messages"}.
+Text is UTF-8 (a BOM is dropped) and its lines end in LF; anything else is refused with the place of the fault.
+Documents come in pieces, so that a file larger than the memory can be read. A piece ends where GPT-2's pattern
+cuts anyway, so the tokens of the pieces are the tokens of the whole. No tokens here, and no splits.
+"""
+
+import codecs
+import hashlib
+import json
+import os
+import stat
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from storage.errors import NotFound, NotLoadable
+from storage.files import NAME, look_up, open_regular
+
+SUFFIXES = (".txt", ".jsonl")
+READ_BYTES = 2**20
+MAX_LINE_BYTES = 64 * 2**20
+MAX_PIECE = 4 * 2**20  # characters; only text without any space or line end is cut elsewhere than between words
+COUNTED_BYTES = 32 * 2**20  # of files up to this size the lines are counted for a listing
+BINARY = {b"\x1f\x8b": "a gzip archive", b"PK\x03\x04": "a zip archive", b"PAR1": "a Parquet file"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file of raw text, as it was when it was looked at."""
+
+    name: str
+    size: int
+    mtime_ns: int
+
+    def describe(self) -> dict[str, Any]:
+        """Return what identifies this version of the file, for meta.json."""
+        return asdict(self)
+
+
+def sources(folder: Path) -> list[Source]:
+    """Return the text files in a folder, sorted by name; raises NotLoadable for links and special files."""
+    found = []
+    for name in sorted(os.listdir(folder)):
+        if not name.endswith(SUFFIXES) or not NAME.fullmatch(name):
+            continue
+        entry = look_up(folder, [name])
+        if not stat.S_ISREG(entry.st_mode):
+            raise NotLoadable(f"{folder.name}/{name} is not a regular file")
+        if entry.st_size > 0:
+            found.append(Source(name, entry.st_size, entry.st_mtime_ns))
+    return found
+
+
+# ---- one document of a .jsonl file
+
+
+def render_messages(messages: Sequence[Any]) -> str:
+    """Return a conversation as text: a line "role: content" for each message. Raises ValueError."""
+    lines = []
+    for message in messages:
+        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise ValueError("a message needs a role and a content, both text")
+        lines.append(f"{role}: {content}\n")
+    return "".join(lines)
+
+
+def text_of_record(record: object) -> str:
+    """Return the text of one line of a .jsonl file. Raises ValueError saying what is missing."""
+    if not isinstance(record, dict):
+        raise ValueError("it is not a JSON object")
+    if isinstance(record.get("text"), str):
+        return str(record["text"])
+    if isinstance(record.get("prompt"), str) and isinstance(record.get("completion"), str):
+        return f"{record['prompt']}{record['completion']}"
+    if isinstance(record.get("messages"), list) and record["messages"]:
+        return render_messages(record["messages"])
+    raise ValueError('it has none of "text", "prompt" with "completion", and "messages"')
+
+
+def _without_surrogates(text: str) -> str:
+    """Return the text with halves of surrogate pairs, which JSON can name and UTF-8 cannot, as U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _jsonl_documents(f: BinaryIO, name: str) -> Iterator[str]:
+    number, offset = 0, 0
+    while line := f.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if len(line) > MAX_LINE_BYTES:
+            raise NotLoadable(f"{name} line {number} is longer than {MAX_LINE_BYTES // 2**20} MiB")
+        if line.strip():
+            try:
+                record = json.loads(line.decode("utf-8").removeprefix("\ufeff"))
+                yield _without_surrogates(text_of_record(record)).replace("\r\n", "\n")
+            except UnicodeDecodeError as e:
+                raise NotLoadable(f"{name} line {number} is not UTF-8 text at byte {offset + e.start}") from None
+            except (ValueError, RecursionError) as e:
+                raise NotLoadable(f"{name} line {number} cannot be used: {_reason(e)}") from None
+        offset += len(line)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"it is not JSON ({error.msg} at character {error.pos})"
+    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
+
+
+# ---- the pieces of a .txt file
+
+
+def _cut(text: str, earliest: int) -> int:
+    """Return the last place, after `earliest`, where a space or line end follows a visible character; 0 if none.
+
+    Every token of GPT-2's pattern that holds a visible character ends there at the latest, and none looks back.
+    """
+    for at in range(len(text) - 1, max(earliest, 0), -1):
+        if text[at] in " \n" and not text[at - 1].isspace():
+            return at
+    return len(text) - 1 if len(text) >= MAX_PIECE else 0
+
+
+def _decoded(f: BinaryIO, name: str) -> Iterator[str]:
+    """Give the text of a file as it is read; raises NotLoadable at the first byte that is not UTF-8."""
+    utf8, consumed = codecs.getincrementaldecoder("utf-8")(), 0
+    while True:
+        data = f.read(READ_BYTES)
+        waiting = len(utf8.getstate()[0])  # bytes of a character that the last read cut in two
+        if consumed == 0 and (kind := next((BINARY[m] for m in BINARY if data.startswith(m)), None)) is not None:
+            raise NotLoadable(f"{name} is {kind}, not text")
+        if b"\0" in data:
+            raise NotLoadable(f"{name} is not text: it has a NUL byte at byte {consumed + data.index(0)}")
+        try:
+            text = utf8.decode(data, final=not data)
+        except UnicodeDecodeError as e:
+            raise NotLoadable(f"{name} is not UTF-8 text at byte {consumed - waiting + e.start}") from None
+        yield text.removeprefix("\ufeff") if consumed == 0 else text
+        consumed += len(data)
+        if not data:
+            return
+
+
+def _txt_pieces(f: BinaryIO, name: str) -> Iterator[tuple[str, bool]]:
+    held = ""
+    for text in _decoded(f, name):
+        seen = len(held) - 2  # before it there is no place to cut; two, for what the replacement takes away
+        held = (held + text).replace("\r\n", "\n")
+        at = _cut(held, seen)
+        if at > 0 and text:
+            yield held[:at], False
+            held = held[at:]
+    yield held, True
+
+
+def pieces(folder: Path, files: Sequence[Source]) -> Iterator[tuple[str, bool]]:
+    """Give the documents of a folder's `files` in order, as (piece of text, whether the document ends with it)."""
+    for source in files:
+        with open(open_regular(folder, [source.name]), "rb", buffering=READ_BYTES) as f:
+            if source.name.endswith(".jsonl"):
+                for text in _jsonl_documents(f, source.name):
+                    yield text, True
+            else:
+                yield from _txt_pieces(f, source.name)
+
+
+# ---- all documents at a glance
+
+
+@dataclass
+class Scan:
+    """What one reading of all documents tells."""
+
+    hashes: "array[int]" = field(default_factory=lambda: array("Q"))  # one per document, of its content
+    characters: int = 0
+    bytes: int = 0  # of UTF-8
+
+    @property
+    def documents(self) -> int:
+        """Return the number of documents."""
+        return len(self.hashes)
+
+
+def scan(stream: Iterator[tuple[str, bool]]) -> Scan:
+    """Return hashes and sizes of the documents of `pieces`; reading them all is also what checks them."""
+    result, digest = Scan(), hashlib.blake2b(digest_size=8)
+    for text, ends in stream:
+        data = text.encode()
+        digest.update(data)
+        result.characters += len(text)
+        result.bytes += len(data)
+        if ends:
+            result.hashes.append(int.from_bytes(digest.digest(), "little"))
+            digest = hashlib.blake2b(digest_size=8)
+    return result
+
+
+def count_documents(folder: Path, files: Sequence[Source]) -> int | None:
+    """Return the number of documents, None when the files are too large to be read for a listing."""
+    if sum(source.size for source in files if source.name.endswith(".jsonl")) > COUNTED_BYTES:
+        return None
+    count = 0
+    for source in files:
+        if source.name.endswith(".txt"):
+            count += 1
+            continue
+        try:
+            with open(open_regular(folder, [source.name]), "rb") as f:
+                count += sum(1 for line in f if line.strip())
+        except NotFound:
+            continue
+    return count

@@ -1,0 +1,137 @@
+"""The token files that we made of a dataset's text: data/<name>/tokens/<fingerprint>/, one folder per tokenizer.
+
+A folder holds train.bin, val.bin, tokenizer.json and meta.json, which says of which version of which text files
+they are. It is written beside its place and renamed, so it is whole or not there. Who may write is the caller's
+matter: one process at a time. Files named as in nanoGPT that came from elsewhere are not here.
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from storage.documents import Source, pieces, scan
+from storage.errors import NoSpace, NotFound, NotLoadable, StorageError
+from storage.files import (
+    NAME,
+    look_up,
+    open_regular,
+    parse_json,
+    require_space,
+    sweep_temporary,
+    sync_folder,
+    temporary_beside,
+    write_json,
+)
+from storage.token_files import Progress, Splits, bytes_per_token, open_tokens, token_type, write_tokens
+from storage.tokenizer import Tokenizer
+
+META_BYTES = 2**24
+EXPECTED_TOKENS_PER_BYTE = 0.4  # of byte pairs: English has 0.25, Python sources 0.35
+
+
+@dataclass(frozen=True)
+class TokenCache:
+    """The folder tokens/ of one dataset."""
+
+    data: Path
+    dataset: str
+
+    @property
+    def folder(self) -> Path:
+        """Return data/<name>/tokens."""
+        return self.data / self.dataset / "tokens"
+
+    def _meta(self, fingerprint: str) -> dict[str, Any]:
+        parts = [self.dataset, "tokens", fingerprint, "meta.json"]
+        with open(open_regular(self.data, parts), "rb") as f:
+            meta = parse_json(f.read(META_BYTES), "/".join(["data", *parts]))
+        kinds = {"tokenizer": str, "train_tokens": int, "val_tokens": int, "bytes_per_token": float, "sources": list}
+        if not isinstance(meta, dict) or not all(isinstance(meta.get(key), kind) for key, kind in kinds.items()):
+            raise NotLoadable(f"{'/'.join(['data', *parts])} is not what was written there")
+        return meta
+
+    def counts(self) -> dict[str, int]:
+        """Return the number of tokens by tokenizer name, of all folders that are whole."""
+        found: dict[str, int] = {}
+        with contextlib.suppress(NotFound):
+            look_up(self.data, [self.dataset, "tokens"])
+            for name in sorted(filter(NAME.fullmatch, os.listdir(self.folder))):
+                meta = self._meta(name)
+                found[meta["tokenizer"]] = meta["train_tokens"] + meta["val_tokens"]
+        return found
+
+    def open(self, tokenizer: Tokenizer) -> Splits:
+        """Return the tokens for this tokenizer; raises NotFound without them, NotLoadable for damaged ones."""
+        parts = [self.dataset, "tokens", tokenizer.fingerprint]
+        meta, dtype = self._meta(tokenizer.fingerprint), token_type(tokenizer.n_vocab)
+        train, val = (open_tokens(self.data, [*parts, name], dtype) for name in ("train.bin", "val.bin"))
+        if (len(train), len(val)) != (meta["train_tokens"], meta["val_tokens"]):
+            raise NotLoadable(f"dataset {self.dataset}: its token files do not have the size they were written with")
+        return Splits(train, val, meta["bytes_per_token"], tokenizer, self.dataset)
+
+    def is_current(self, tokenizer: Tokenizer, files: Sequence[Source]) -> bool:
+        """Say whether there are whole token files of exactly these versions of the text files."""
+        try:
+            self.open(tokenizer)
+            return bool(self._meta(tokenizer.fingerprint)["sources"] == [source.describe() for source in files])
+        except StorageError:
+            return False
+
+    def build(self, files: Sequence[Source], tokenizer: Tokenizer, progress: Progress) -> None:
+        """Tokenize the text files; replaces what was there for this tokenizer."""
+        self.folder.mkdir(exist_ok=True)
+        sweep_temporary(self.folder)
+        with self._replacing(self.folder / tokenizer.fingerprint) as folder:
+            meta = self._write(folder, files, tokenizer, progress)
+            tokenizer.save(folder / "tokenizer.json")
+            write_json(folder / "meta.json", meta)
+
+    def _write(self, folder: Path, files: Sequence[Source], tokenizer: Tokenizer, progress: Progress) -> dict[str, Any]:
+        progress("reading the text", 0, 0)
+        source = self.data / self.dataset
+        found, dtype = scan(pieces(source, files)), token_type(tokenizer.n_vocab)
+        expected = found.characters if tokenizer.kind == "char" else int(found.bytes * EXPECTED_TOKENS_PER_BYTE)
+        require_space(folder, expected * dtype.itemsize)
+        write_tokens(folder, pieces(source, files), found, tokenizer, progress)
+        sizes = {name: (folder / f"{name}.bin").stat().st_size // dtype.itemsize for name in ("train", "val")}
+        for name, size in sizes.items():
+            if size == 0:
+                raise NotLoadable(
+                    f"dataset {self.dataset}: its {found.characters} characters leave {name} without a token"
+                )
+        return {
+            "tokenizer": tokenizer.name,
+            "fingerprint": tokenizer.fingerprint,
+            "dtype": dtype.name,
+            "train_tokens": sizes["train"],
+            "val_tokens": sizes["val"],
+            "bytes_per_token": bytes_per_token(open_tokens(folder, ["val.bin"], dtype), tokenizer),
+            "documents": found.documents,
+            "characters": found.characters,
+            "sources": [source.describe() for source in files],
+        }
+
+    @contextlib.contextmanager
+    def _replacing(self, target: Path) -> Iterator[Path]:
+        """Give a new folder that takes the place of `target` when the block is done, and vanishes if it fails."""
+        temporary, old = temporary_beside(target), temporary_beside(target)
+        temporary.mkdir()
+        try:
+            yield temporary
+            sync_folder(temporary)
+            if target.exists():
+                os.rename(target, old)  # maps of its files stay valid in the processes that have them
+            os.rename(temporary, target)
+            sync_folder(self.folder)
+        except OSError as e:
+            if e.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise NoSpace(f"the disk is full: the tokens of dataset {self.dataset} could not be written") from e
+            raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
