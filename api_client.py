@@ -15,7 +15,10 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import click
+try:
+    import click
+except ModuleNotFoundError:  # the first mistake of many: a Python without the project's packages
+    sys.exit("click is not installed for this Python; after `make setup` use .venv/bin/python api_client.py")
 
 from client.api import DEFAULT_URL, ApiClient, ApiError, Reply
 from client.follow import INTERRUPTED, follow
@@ -265,7 +268,7 @@ def delete(client: ApiClient, name: str, yes: bool) -> None:
 @command(cli, "datasets")
 def datasets(client: ApiClient) -> None:
     """List the datasets to train on."""
-    print_reply(client.datasets(), "datasets", "name bytes documents tokens prepared source")
+    print_reply(client.datasets(), "datasets", "name bytes documents tokens prepared source error")
 
 
 @command(cli, "upload")
@@ -289,7 +292,12 @@ def main() -> None:
     """Run the command line; a terminal that lacks a character shows `?` for it."""
     for out in (sys.stdout, sys.stderr):
         out.reconfigure(errors="replace")  # type: ignore[union-attr]
-    cli(prog_name="api_client.py")
+    try:
+        cli(prog_name="api_client.py")
+    except ModuleNotFoundError as error:
+        sys.exit(
+            f"{error.name} is not installed for this Python; after `make setup` use .venv/bin/python api_client.py"
+        )
 
 
 if __name__ == "__main__":

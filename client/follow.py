@@ -84,7 +84,8 @@ def plot(train: Points, val: Points) -> list[str]:
             cells[y // 4][x // 2] = mark or cells[y // 4][x // 2] | BRAILLE[y % 4][x % 2]
     label = {0: f"{high:.3f}", HEIGHT - 1: f"{low:.3f}"}
     lines = [f"{label.get(row, ''):>8} {''.join(map(chr, line))}" for row, line in enumerate(cells)]
-    return [*lines, f"{'':8} 0{last:>{WIDTH - 1}}"]
+    legend = f"dots: train{' ' * 5}o: val".center(WIDTH - 1 - len(str(last)))
+    return [*lines, f"{'':8} 0{legend}{last}"]
 
 
 def standing(job: Reply) -> str:

@@ -35,8 +35,10 @@ def readable(value: Any) -> str:
         return ", ".join(f"{key} {readable(item)}" for key, item in value.items() if item is not None)
     if isinstance(value, list):
         return ", ".join(map(readable, value))
-    if isinstance(value, float):  # one as large as this is a time: counts are integers
-        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value)) if value > 1e9 else f"{value:.4g}"
+    if isinstance(value, float) and value > 1e9:  # a time: counts are integers
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value))
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return "-" if value is None else str(value)
 
 
