@@ -30,9 +30,16 @@ _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # never a li
 
 
 def quoted(value: object) -> str:
-    """Return `value` for a message: quoted, escaped to ASCII and at most 80 characters long."""
-    text = json.dumps(value) if isinstance(value, str) else ascii(value)
-    return text if len(text) <= 80 else text[:76] + "..." + text[0]
+    """Return `value` for a message: quoted, escaped to ASCII and at most 80 characters long.
+
+    Containers are named by their type only: writing out a hostile one could take for ever.
+    """
+    if isinstance(value, str):
+        text = json.dumps(value[:80])
+        return text if len(text) <= 80 and len(value) <= 80 else text[:76] + '..."'
+    if value is None or isinstance(value, bool | int | float):
+        return str(value)[:80] if not isinstance(value, int) or value.bit_length() < 256 else "a huge number"
+    return f"a {type(value).__name__}"
 
 
 def check_name(kind: str, value: object) -> str:
@@ -59,7 +66,7 @@ def _require_kind(mode: int, name: str, wanted: Callable[[int], bool], noun: str
     if stat.S_ISLNK(mode):
         raise NotLoadable(f"{name} is a link; links are not followed")
     if not wanted(mode):
-        found = "a folder" if stat.S_ISDIR(mode) else "a file" if stat.S_ISREG(mode) else "a special file"
+        found = "a folder" if stat.S_ISDIR(mode) else "a file" if stat.S_ISREG(mode) else "a pipe or a device"
         raise NotLoadable(f"{name} is {found}, not {noun}")
 
 
@@ -68,7 +75,7 @@ def _parent(root: Path, parts: Sequence[str]) -> Iterator[int]:
     """Open the folder that holds the last of `parts`, walking down from `root` without following links."""
     for part in parts:
         check_name("path", part)
-    name = "/".join([root.name, *parts])
+    name = "/".join(parts)
     try:
         folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)  # `root` is ours and may be a link
     except OSError as e:
@@ -91,7 +98,7 @@ def look_up(root: Path, parts: Sequence[str]) -> os.stat_result:
     with _parent(root, parts) as folder:
         found = os.stat(parts[-1], dir_fd=folder, follow_symlinks=False)
         if stat.S_ISLNK(found.st_mode):
-            raise NotLoadable(f"{'/'.join([root.name, *parts])} is a link; links are not followed")
+            raise NotLoadable(f"{'/'.join(parts)} is a link; links are not followed")
         return found
 
 
@@ -144,15 +151,11 @@ def read_bytes(path: str | Path, limit_bytes: int, follow: bool = False) -> byte
     """Return a regular file's content; raises NotFound, and NotLoadable for a larger file or another kind."""
     descriptor = open_descriptor(path, follow=follow)
     with open(descriptor, "rb", buffering=0) as f:
-        if os.fstat(descriptor).st_size > limit_bytes:
-            raise NotLoadable(f"{os.path.basename(path)} is larger than {limit_bytes} bytes")
-        pieces = []
-        while piece := f.read(limit_bytes + 1):
-            pieces.append(piece)
-            limit_bytes -= len(piece)
-            if limit_bytes < 0:  # it grew while it was read
-                raise NotLoadable(f"{os.path.basename(path)} is larger than it may be")
-    return b"".join(pieces)
+        size = os.fstat(descriptor).st_size
+        data = f.read(size + 1) if size <= limit_bytes else b""
+    if len(data) > size or size > limit_bytes:  # it grew, or was too large from the start
+        raise NotLoadable(f"{os.path.basename(path)} is larger than {min(size, limit_bytes)} bytes")
+    return data
 
 
 def read_json(path: str | Path, limit_bytes: int = JSON_LIMIT) -> Any:

@@ -49,7 +49,9 @@ def _nbytes(tensors: Mapping[str, tuple[str, Shape]]) -> int:
 
 
 def _scalar(value: object) -> bool:
-    return value is None or isinstance(value, str | bool | int) or (isinstance(value, float) and math.isfinite(value))
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or isinstance(value, int) or (isinstance(value, str) and len(value) <= 1000)
 
 
 def _short_list(value: object) -> bool:
@@ -59,7 +61,9 @@ def _short_list(value: object) -> bool:
 def plain(config: object) -> dict[str, Any]:
     """Return the entries of a configuration that JSON can hold: scalars, and lists of at most 100 of them."""
     kept: dict[str, Any] = {}
-    for key, value in config.items() if isinstance(config, dict) else ():
+    if not isinstance(config, dict) or len(config) > 1000:
+        return kept
+    for key, value in config.items():
         if isinstance(key, str) and _scalar(value):
             kept[key] = value
         elif isinstance(key, str) and _short_list(value):
@@ -167,4 +171,5 @@ def inspect(reference: ModelReference) -> Inspection:
         raise NotFound(f"{reference.label} is not on this machine")
     if reference.path.suffix == ".pt":
         return inspect_checkpoint(reference.path, reference.label)
-    return _huggingface(reference.path, reference.label, follow=reference.kind == "pretrained")
+    shown = reference.label.removesuffix("/" + reference.label.rpartition("/")[2])
+    return _huggingface(reference.path, shown, follow=reference.kind == "pretrained")

@@ -65,40 +65,35 @@ def _by_path(workspace: Workspace, value: str) -> ModelReference:
     if not all(NAME.fullmatch(part) for part in parts):
         raise BadName(f"model_path is {quoted(value)}; {PATH_RULE}")
     if parts[0] == "out" and 2 <= len(parts) <= 4:
-        path = _locate(workspace.out, parts[1:])
+        path = _locate(workspace.out, parts[1:], value)
         return ModelReference(_trained_id(path, workspace.out), _kind(path, "trained"), path, value)
     if parts[0] == "models" and 2 <= len(parts) <= 3:
-        path = _locate(workspace.models, parts[1:])
+        path = _locate(workspace.models, parts[1:], value)
         return ModelReference(parts[1], "bundled", path, value)
-    if len(parts) == 1 and workspace.pretrained_dir is not None:
-        path = _locate(workspace.pretrained_dir, parts)
+    if len(parts) == 1 and parts[0] not in ("out", "models") and workspace.pretrained_dir is not None:
+        path = _locate(workspace.pretrained_dir, parts, value)
         return ModelReference(value, "pretrained" if value in PRETRAINED else "folder", path, value)
     raise BadName(f"model_path is {quoted(value)}; {PATH_RULE}")
 
 
-def _locate(root: Path, parts: Sequence[str]) -> Path:
+def _locate(root: Path, parts: Sequence[str], shown: str) -> Path:
     """Return the checkpoint file, or the Hugging Face folder, that root/parts means."""
-    shown, path = "/".join([root.name, *parts]), root.joinpath(*parts)
-    is_folder = stat.S_ISDIR(look_up(root, parts).st_mode)
-    if parts[-1].endswith(".pt") and len(parts) > 1:
-        _require_file(root, parts, shown)
-        return path
-    if parts[-1] in FOLDER_FILES and len(parts) > 1:
-        _require_file(root, parts, shown)
-        return path.parent
-    if not is_folder:
+    try:
+        mode = look_up(root, parts).st_mode
+    except NotFound:
+        raise NotFound(f"{shown} does not exist") from None
+    path, is_file_name = root.joinpath(*parts), parts[-1].endswith(".pt") or parts[-1] in FOLDER_FILES
+    if is_file_name and len(parts) > 1:
+        if not stat.S_ISREG(mode):
+            raise NotLoadable(f"{shown} is {'a folder' if stat.S_ISDIR(mode) else 'a pipe or a device'}, not a file")
+        return path if path.suffix == ".pt" else path.parent
+    if not stat.S_ISDIR(mode):
         raise NotLoadable(f"{shown} is neither a checkpoint (.pt) nor a folder with a model")
     if _has(path, CHECKPOINT):
         return path / CHECKPOINT
     if any(_has(path, name) for name in FOLDER_FILES):
         return path
     raise NotLoadable(f"{shown} holds neither {CHECKPOINT} nor config.json with model.safetensors")
-
-
-def _require_file(root: Path, parts: Sequence[str], shown: str) -> None:
-    mode = look_up(root, parts).st_mode
-    if not stat.S_ISREG(mode):
-        raise NotLoadable(f"{shown} is {'a folder' if stat.S_ISDIR(mode) else 'a special file'}, not a file")
 
 
 def _has(folder: Path, name: str) -> bool:

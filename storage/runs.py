@@ -93,9 +93,10 @@ class Run:
 
         `damaged` is a sentence when a file of the run cannot be right, else None. Raises NotFound without weights.
         """
-        name, found = self._weights()
-        config, damage = _read_object(f"{self.folder}/train_config.json")
-        manifest, manifest_damage = _read_object(f"{self.folder}/{name}.json")
+        folder = str(self.folder)  # thousands of runs are described at once, and Path is slow
+        name, found = self._weights(folder)
+        config, damage = _read_object(f"{folder}/train_config.json")
+        manifest, manifest_damage = _read_object(f"{folder}/{name}.json")
         entry, size_damage = _entry_of(manifest, name, found.st_size)
         return {
             "name": self.name,
@@ -108,10 +109,10 @@ class Run:
             "damaged": damage or manifest_damage or size_damage,
         }
 
-    def _weights(self) -> tuple[str, os.stat_result]:
+    def _weights(self, folder: str) -> tuple[str, os.stat_result]:
         for name in (CHECKPOINT, BEST, PREVIOUS, "model.safetensors", "model.safetensors.index.json"):
             try:
-                found = os.lstat(f"{self.folder}/{name}")
+                found = os.lstat(f"{folder}/{name}")
             except OSError:
                 continue
             if stat.S_ISREG(found.st_mode):
@@ -196,11 +197,12 @@ class Workspace:
         return sorted(self._scan(), key=lambda run: run.name)
 
     def _scan(self) -> Iterator[Run]:
+        out = self.out
         try:
-            entries = os.scandir(self.out)
+            entries = os.scandir(out)
         except OSError:
             return
         with entries:
             for entry in entries:
                 if NAME.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
-                    yield Run(entry.name, self.out / entry.name)
+                    yield Run(entry.name, out / entry.name)

@@ -82,7 +82,7 @@ def _check_records(f: BinaryIO, archive: zipfile.ZipFile, size: int) -> str:
         _, end = _data_range(f, info, size)
         if not info.filename.startswith(folder + "/"):
             raise Refused(f"is no checkpoint: the record {quoted(info.filename)} is not in the folder of the first")
-    if len({info.filename for info in infos}) != len(infos):
+    if len({info.filename.casefold() for info in infos}) != len(infos):  # torch finds records whatever the case
         raise Refused("has two records of one name")
     return folder
 
