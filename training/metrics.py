@@ -1,0 +1,78 @@
+"""metrics.jsonl and samples.jsonl: one JSON object per line, appended by the trainer and read by anyone.
+
+A row belongs to an iteration (`iter_num`). Readers never trust the last line to be complete, and look at the
+end of a large file without reading all of it.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from storage.files import replace_file, write_all
+
+TAIL_BYTES = 2**18  # about a thousand rows
+
+
+def finite(value: Any) -> Any:
+    """Return `value`, or None in place of NaN and infinities, which JSON does not have."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    """Append a row in one write, so that readers see all of it or nothing."""
+    line = json.dumps({name: finite(value) for name, value in row.items()}, allow_nan=False)
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        os.write(descriptor, line.encode() + b"\n")
+    finally:
+        os.close(descriptor)
+
+
+def _rows(lines: Iterator[bytes]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:  # cut short by a crash, or still being written
+            continue
+        if isinstance(row, dict) and isinstance(row.get("iter_num"), int):
+            yield row
+
+
+def read(path: Path, after: int | None = None, limit: int | None = None) -> list[dict[str, Any]]:
+    """Return the rows after iteration `after`, the first `limit` of them; no rows if there is no file."""
+    found: list[dict[str, Any]] = []
+    try:
+        with open(path, "rb") as f:
+            for row in _rows(iter(f)):
+                if limit is not None and len(found) >= limit:
+                    break
+                if after is None or row["iter_num"] > after:
+                    found.append(row)
+    except FileNotFoundError:
+        return []
+    return found
+
+
+def last(path: Path) -> dict[str, Any]:
+    """Return the newest value of every column in the last rows of the file; {} if there are none."""
+    try:
+        with open(path, "rb") as f:
+            size = f.seek(0, os.SEEK_END)
+            f.seek(max(0, size - TAIL_BYTES))
+            tail = f.read(TAIL_BYTES)
+    except FileNotFoundError:
+        return {}
+    newest: dict[str, Any] = {}
+    for row in _rows(iter(tail.splitlines())):
+        newest.update(row)
+    return newest
+
+
+def cut(path: Path, iter_num: int) -> None:
+    """Remove the rows after iteration `iter_num`: a resumed run writes them again."""
+    if path.exists():
+        kept = [json.dumps(row) + "\n" for row in read(path) if row["iter_num"] <= iter_num]
+        replace_file(path, lambda f: write_all(f, "".join(kept).encode()))

@@ -1,0 +1,86 @@
+"""result.json: the trainer's last file, which says how a run ended, and the words for what went wrong.
+
+State "succeeded", "failed" or "stopped"; exit code 0 for an end as asked, 1 for a failure on the way, 2 for
+a refusal before the first iteration.
+"""
+
+import contextlib
+import sys
+import time
+import traceback
+from types import TracebackType
+from typing import Any, Self
+
+from storage.errors import StorageError
+from storage.files import write_json
+from storage.runs import Run
+from training.config import ConfigError, TrainConfig
+from training.metrics import finite
+from training.stop_signal import Stopped
+
+
+class Diverged(Exception):
+    """The loss is no longer a number."""
+
+
+def explain(error: BaseException, config: TrainConfig | None) -> tuple[int, str]:
+    """Return the exit code and the sentence for what ended a run."""
+    if isinstance(error, ConfigError | StorageError):
+        return 2, str(error)
+    if isinstance(error, Diverged):
+        return 1, str(error)
+    if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
+        size = "" if config is None else f" ({config.batch_size})"
+        return 1, f"out of memory; lower batch_size{size} or window, or choose a smaller model"
+    return 1, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+class Outcome:
+    """The end of a run, as a context around all of it: what is raised inside becomes result.json and an exit code."""
+
+    def __init__(self) -> None:
+        self.run: Run | None = None  # of the process that writes; the others only have an exit code
+        self.config: TrainConfig | None = None
+        self.iter_num = 0
+        self.best_val_loss: float | None = None
+        self.stopped = False
+        self.exit_code = 0
+
+    def of(self, run: Run | None, config: TrainConfig) -> None:
+        """Say whose end this is."""
+        self.run, self.config = run, config
+
+    def reached(self, iter_num: int, best_val_loss: float | None) -> None:
+        """Say how far the run has come."""
+        self.iter_num, self.best_val_loss = iter_num, best_val_loss
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if isinstance(error, SystemExit):  # argparse has said it all
+            return False
+        if isinstance(error, Stopped):
+            self.stopped, error = True, None
+        sentence = None
+        if error is not None:
+            self.exit_code, sentence = explain(error, self.config)
+            if self.exit_code == 1:
+                traceback.print_exception(error)
+            print(f"train.py: {sentence}", file=sys.stderr, flush=True)
+        state = "failed" if error is not None else "stopped" if self.stopped else "succeeded"
+        if self.run is not None:
+            self._write(self.run, state, sentence)
+        return True
+
+    def _write(self, run: Run, state: str, sentence: str | None) -> None:
+        result: dict[str, Any] = {
+            "state": state,
+            "iter_num": self.iter_num,
+            "best_val_loss": finite(self.best_val_loss),
+        }
+        result |= {"error": sentence, "exit_code": self.exit_code, "finished": time.time()}
+        with contextlib.suppress(StorageError, OSError):  # on a full disk the exit code and the log must do
+            write_json(run.result, result)

@@ -1,0 +1,64 @@
+"""A trainer's hold on its run folder: one trainer at a time, and no finished run overwritten unasked."""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from storage.errors import StorageError
+from storage.files import read_json, write_json
+from storage.runs import Run
+from training.config import ConfigError, TrainConfig
+from training.trash import move_to_trash
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, shown: str) -> Iterator[None]:
+    """Hold the folder's lock; the system gives it up when the process ends, however it ends."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ConfigError(f"another process is training in {shown}") from None
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _make_way(run: Run, config: TrainConfig) -> None:
+    """Move a finished run out of the way if the config says so. Raises ConfigError if it does not."""
+    if not run.checkpoint.exists():
+        return
+    if not config.overwrite:
+        instead = "resume it (init_from resume), choose another output_dir, or set overwrite"
+        raise ConfigError(f"{run.relative} holds a trained model; {instead}")
+    with _locked(run.folder, run.relative):
+        move_to_trash(run)
+
+
+@contextlib.contextmanager
+def claim(run: Run, config: TrainConfig) -> Iterator[None]:
+    """Hold the run's folder, made if need be, with its train_config.json. Raises ConfigError."""
+    if config.init_from != "resume":
+        _make_way(run, config)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with _locked(run.folder, run.relative):
+        run.result.unlink(missing_ok=True)
+        if config.init_from != "resume":  # an earlier start that never came to a checkpoint
+            run.metrics.unlink(missing_ok=True)
+            run.samples.unlink(missing_ok=True)
+        write_json(run.config, config.given() | _first_start(run, config))
+        yield
+
+
+def _first_start(run: Run, config: TrainConfig) -> dict[str, str]:
+    """Return the init_from that the run began with: "resume" says where it goes on, not what it is."""
+    if config.init_from != "resume":
+        return {}
+    try:
+        return {"init_from": str(read_json(run.config)["init_from"])}
+    except (StorageError, KeyError, TypeError):
+        return {}

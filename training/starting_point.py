@@ -1,0 +1,43 @@
+"""Where a run starts: the model that `init_from` names, and whether model, data and machine fit each other."""
+
+from storage import registry
+from storage.datasets import Splits
+from storage.runs import Workspace
+from training.config import ConfigError, TrainConfig
+from training.hardware import available_memory
+
+
+def reference(config: TrainConfig, workspace: Workspace) -> registry.ModelReference:
+    """Return the trained model that a resolved config starts from.
+
+    A pretrained name, my_run, my_run/best, or a path as load_model takes it. Raises StorageError.
+    """
+    name = str(config.model_type if config.init_from == "pretrained" else config.init_from)
+    if name in registry.pretrained_names(workspace):
+        return registry.resolve(workspace, model_type=name)
+    run, slash, file = name.partition("/")
+    if not slash:
+        return registry.resolve(workspace, model_path=f"out/{run}")
+    return registry.resolve(workspace, model_path=f"out/{run}/best.pt" if file == "best" else name)
+
+
+def check_fit(config: TrainConfig, splits: Splits, vocab_size: int, context: int, world: int) -> None:
+    """Raise ConfigError, before the first iteration, for what would fail in it; `world` processes share a batch."""
+    window = config.window or context
+    if splits.tokenizer.n_vocab > vocab_size:
+        n, name = splits.tokenizer.n_vocab, splits.tokenizer.name
+        raise ConfigError(f"the tokenizer {name} has {n} tokens, more than the model's vocabulary of {vocab_size}")
+    if window > context:
+        raise ConfigError(f"window is {window}; it must be at most the model's context of {context}")
+    for name, tokens in (("train", splits.train), ("val", splits.val)):
+        if len(tokens) <= window:
+            least = f"a window of {window} needs {window + 1}; lower block_size or window, or add text"
+            raise ConfigError(f"{config.dataset} has {len(tokens)} tokens to {name} on, and {least}")
+    size, steps = int(config.batch_size or 1), int(config.gradient_accumulation_steps or 1)
+    if steps % world and size % world:
+        raise ConfigError(f"batch_size is {size}; {world} processes need a multiple of {world} to share it")
+    logits = size // (1 if steps % world == 0 else world) * window * vocab_size * 4
+    available = available_memory()
+    if available is not None and 3 * logits > available:  # logits, their softmax and their gradient
+        need = f"{3 * logits / 1e9:.1f} GB for the logits alone, and {available / 1e9:.1f} GB are free"
+        raise ConfigError(f"batch_size {size} with windows of {window} needs {need}; lower batch_size or window")

@@ -1,0 +1,59 @@
+"""The order in which windows of a split are trained on: each once per epoch, in a seeded random order.
+
+An epoch cuts the tokens into windows of equal length, from an offset of its own, and permutes them. The state
+is two numbers, epoch and position, so a run that is resumed goes on with the very window it would have taken.
+Tokens are read from the memory map at the last moment; nothing here is a tensor.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Tokens = npt.NDArray[Any]  # uint16 or uint32, usually a np.memmap
+
+
+class WindowOrder:
+    """Endless window starts in a split of `tokens` tokens; a window has `length` inputs and one target more."""
+
+    def __init__(self, tokens: int, length: int, seed: int):
+        if tokens < length + 1:
+            raise ValueError(f"{tokens} tokens hold no window of {length} and the token after it")
+        self.tokens, self.length, self.seed = tokens, length, seed
+        self.epoch = self.position = 0
+        self._shuffle()
+
+    def _shuffle(self) -> None:
+        random = np.random.default_rng((self.seed, self.epoch))
+        self.offset = int(random.integers(min(self.length, self.tokens - self.length)))
+        windows = (self.tokens - 1 - self.offset) // self.length
+        self.order = random.permutation(np.arange(windows, dtype=np.uint32))
+
+    def next(self, n: int) -> npt.NDArray[np.int64]:
+        """Return the starts of the next `n` windows, running into the next epoch where one ends."""
+        parts = []
+        while n > 0:
+            if self.position == len(self.order):
+                self.epoch, self.position = self.epoch + 1, 0
+                self._shuffle()
+            taken = self.order[self.position : self.position + n].astype(np.int64)
+            parts.append(self.offset + taken * self.length)
+            self.position += len(taken)
+            n -= len(taken)
+        return np.concatenate(parts)
+
+    def state(self) -> dict[str, int]:
+        """Return what `restore` needs to go on from here."""
+        return {"epoch": self.epoch, "position": self.position}
+
+    def restore(self, state: dict[str, int]) -> None:
+        """Go on from a state of an order with the same tokens, length and seed."""
+        self.epoch = state["epoch"]
+        self._shuffle()
+        self.position = state["position"]
+
+
+def gather(tokens: Tokens, starts: npt.NDArray[np.int64], length: int) -> Tokens:
+    """Return the windows as rows (len(starts), length + 1): inputs, and the target after the last."""
+    rows: Tokens = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[starts]
+    return rows
