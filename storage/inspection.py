@@ -16,7 +16,7 @@ from storage.architecture import BOUNDS, MASKS, Shape, checked_args, count_param
 from storage.errors import NotFound, NotLoadable
 from storage.files import open_descriptor, quoted
 from storage.huggingface_folder import read_folder
-from storage.registry import ModelReference
+from storage.registry import FOLDER_FILES, ModelReference
 from storage.safetensors_file import ITEM_BYTES, StoredTensor
 from storage.torch_file import read_torch_file
 from storage.torch_pickle import TensorInfo
@@ -171,5 +171,6 @@ def inspect(reference: ModelReference) -> Inspection:
         raise NotFound(f"{reference.label} is not on this machine")
     if reference.path.suffix == ".pt":
         return inspect_checkpoint(reference.path, reference.label)
-    shown = reference.label.removesuffix("/" + reference.label.rpartition("/")[2])
+    label, _, file = reference.label.rpartition("/")
+    shown = label if file in FOLDER_FILES else reference.label
     return _huggingface(reference.path, shown, follow=reference.kind == "pretrained")
