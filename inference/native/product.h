@@ -1,0 +1,225 @@
+// Packed weights times activation rows: the kernels where nearly all the time goes.
+//
+// Weights W[rows][width] lie in panels of 32 rows, so that a thread reads one sequential stream:
+//   [rows/32][width/G][32][G] with G = 1 float, 2 bfloat16 or 4 bytes (q + 128, one scale for each row).
+// A step is 128 bytes: for 32 outputs, the 4 bytes that G neighbouring inputs meet. Activations lie in tiles of up to
+// 12 lines, [width/G][lines][G] in the same formats, so that they too are one stream, each read 32 times at once.
+// The order of additions of an output is the same in every tile: a row's result never depends on the other rows.
+#pragma once
+#include <algorithm>
+
+#include "vector.h"
+
+enum Kind : long { F32, BF16, INT8 };  // of the weights
+enum Then { STORE, ADD, GELU, GELU_NEW };  // what happens to a product: written, added to what is there, or through gelu
+
+constexpr long PANEL = 32, MOST = 12;  // 12 lines x 2 vectors are 24 of 32 registers: 14 loads for 24 products
+constexpr long AHEAD = 8192;  // bytes that the stream of weights is fetched ahead
+
+// Does the processor multiply this kind as it is stored? Otherwise weights are widened and multiplied as floats.
+#ifdef __AVX512BF16__
+constexpr bool BF16_PAIRS = true;
+#else
+constexpr bool BF16_PAIRS = false;
+#endif
+#ifdef __AVX512VNNI__
+constexpr bool INT8_QUADS = true;
+#else
+constexpr bool INT8_QUADS = false;
+#endif
+constexpr long group(long kind) { return kind == F32 ? 1 : kind == BF16 ? 2 : 4; }
+constexpr bool narrow(long kind) { return kind == BF16 ? BF16_PAIRS : kind == INT8 ? INT8_QUADS : false; }
+constexpr long words(long kind) { return narrow(kind) ? 1 : group(kind); }  // 4-byte words of an activation line per step
+
+struct Matrix {
+    const char *weights;
+    const float *scale, *bias;  // scale in int8 only; bias may be null
+    long rows, width;           // rows: with padding, a multiple of 32
+    template <int KIND> const char *panel(long p) const { return weights + p * (width / group(KIND)) * 128; }
+};
+
+// ---- activations -------------------------------------------------------------------------------------------------
+// Per-line quantisation to 8 bits loses the line to its few largest values, as trained models have them. So values far
+// out (beyond 4 times the others' root mean square) are left out of the line and multiplied apart, step by step.
+struct Far {
+    int32_t step, digits;  // four bytes, most of them 0
+};
+struct Input {
+    int32_t *data;
+    float *scale, *far_scale;      // int8: of each line, and of its far values
+    int32_t *offset, *far_offset;  // 128 x the sum of the quantised values, which the + 128 in the weights adds
+    int32_t *far_count;
+    Far *far;  // room for width / 16 of each line
+    long count, width;
+    long tiles() const { return (count + MOST - 1) / MOST; }
+    long first(long tile) const { return count * tile / tiles(); }
+    template <int KIND> int32_t *line(long i) const { return data + i * (width / group(KIND)) * words(KIND); }
+    Far *far_of(long i) const { return far + i * (width / 16); }
+};
+
+// The value beyond which a value is far: 4 times the root mean square of those that are not far themselves.
+// At most width / 16 values are: by Chebyshev for 4 times the mean of all, which is taken if the closer bound has more.
+inline float far_bound(const float *x, long width) {
+    Vec square = _mm512_setzero_ps(), top = square;
+    for (long i = 0; i < width; i += 16) {
+        const Vec v = load(x + i);
+        square = _mm512_fmadd_ps(v, v, square);
+        top = _mm512_max_ps(top, _mm512_abs_ps(v));
+    }
+    const float most = _mm512_reduce_max_ps(top), wide = 4 * std::sqrt(_mm512_reduce_add_ps(square) / width);
+    if (!std::isfinite(wide)) return NAN;  // and so are the products
+    if (most <= wide) return most;
+    long near = 0, far = 0;
+    square = _mm512_setzero_ps();
+    for (long i = 0; i < width; i += 16) {
+        const Vec v = load(x + i);
+        const __mmask16 in = _mm512_cmp_ps_mask(_mm512_abs_ps(v), all(wide), _CMP_LE_OQ);
+        square = _mm512_mask3_fmadd_ps(v, v, square, in);
+        near += __builtin_popcount(in);
+    }
+    const float close = 4 * std::sqrt(_mm512_reduce_add_ps(square) / near);
+    for (long i = 0; i < width; i += 16)
+        far += __builtin_popcount(_mm512_cmp_ps_mask(_mm512_abs_ps(load(x + i)), all(close), _CMP_GT_OQ));
+    return far <= width / 16 ? close : wide;
+}
+
+// Write x as line i of `in`, one of `lines` in its tile, beginning at `to`.
+inline void quantise(const Input &in, long i, const float *x, int32_t *to, long lines) {
+    const float bound = far_bound(x, in.width), scale = bound / 127, inverse = bound > 0 ? 127 / bound : 0;
+    float most = 0;
+    Far *far = in.far_of(i);
+    long count = 0, far_sum = 0;
+    __m512i sum = _mm512_setzero_si512();
+    for (long k = 0; k < in.width; k += 16) {
+        const Vec v = load(x + k);
+        const __mmask16 out = _mm512_cmp_ps_mask(_mm512_abs_ps(v), all(bound), _CMP_GT_OQ);
+        const __m512i q = _mm512_maskz_cvtps_epi32(~out, _mm512_mul_ps(v, all(inverse)));
+        sum = _mm512_add_epi32(sum, q);
+        alignas(16) int32_t quads[4];
+        _mm_store_si128((__m128i *)quads, _mm512_cvtepi32_epi8(q));
+        for (int j = 0; j < 4; j++) to[(k / 4 + j) * lines] = quads[j];
+        for (unsigned left = out; left; left &= left - 1) {
+            const long at = k + __builtin_ctz(left);
+            most = std::max(most, std::fabs(x[at]));
+            far[count++] = {(int32_t)at, 0};
+        }
+    }
+    for (long j = 0; j < count; j++) {
+        const long at = far[j].step, digit = std::lround(x[at] * (127 / most));
+        far[j] = {(int32_t)(at / 4), (int32_t)((uint32_t)(uint8_t)digit << 8 * (at % 4))};
+        far_sum += digit;
+    }
+    in.scale[i] = scale, in.far_scale[i] = most / 127, in.far_count[i] = (int32_t)count;
+    in.offset[i] = 128 * _mm512_reduce_add_epi32(sum), in.far_offset[i] = (int32_t)(128 * far_sum);
+}
+
+template <int KIND> void write_line(const Input &in, long i, const float *x) {
+    const long tile = ((i + 1) * in.tiles() - 1) / in.count, first = in.first(tile), lines = in.first(tile + 1) - first;
+    int32_t *to = in.line<KIND>(first) + (i - first);
+    if constexpr (KIND == INT8 && INT8_QUADS) quantise(in, i, x, to, lines);
+#ifdef __AVX512BF16__
+    else if constexpr (KIND == BF16)
+        for (long k = 0; k < in.width; k += 16) {
+            alignas(32) int32_t pairs[8];
+            _mm256_store_si256((__m256i *)pairs, (__m256i)_mm512_cvtneps_pbh(load(x + k)));
+            for (int j = 0; j < 8; j++) to[(k / 2 + j) * lines] = pairs[j];
+        }
+#endif
+    else
+        for (long k = 0; k < in.width; k++) std::memcpy(to + k * lines, x + k, 4);
+}
+
+// ---- kernels -----------------------------------------------------------------------------------------------------
+// sum[r] += a panel's 32 rows times line r, for the R lines of a tile
+template <int KIND, int R> inline void multiply(const char *w, long steps, const int32_t *a, __m512i (&sum)[R][2]) {
+    for (long i = 0; i < steps; i++, w += 128, a += R * words(KIND)) {
+        _mm_prefetch(w + AHEAD, _MM_HINT_T0);
+        _mm_prefetch(w + AHEAD + 64, _MM_HINT_T0);
+        const __m512i v[2] = {_mm512_load_si512(w), _mm512_load_si512(w + 64)};
+        for (int g = 0; g < words(KIND); g++)
+            for (int h = 0; h < 2; h++) {
+                Vec f = (Vec)v[h];  // the g-th of a group, widened
+                if (KIND == BF16 && !BF16_PAIRS)
+                    f = (Vec)(g ? _mm512_and_si512(v[h], _mm512_set1_epi32(0xffff0000)) : _mm512_slli_epi32(v[h], 16));
+                if (KIND == INT8 && !INT8_QUADS)
+                    f = _mm512_cvtepi32_ps(_mm512_sub_epi32(
+                        _mm512_and_si512(_mm512_srli_epi32(v[h], 8 * g), _mm512_set1_epi32(255)), _mm512_set1_epi32(128)));
+#pragma GCC unroll 12
+                for (int r = 0; r < R; r++) {
+                    const __m512i x = _mm512_set1_epi32(a[g * R + r]);
+#ifdef __AVX512BF16__
+                    if constexpr (KIND == BF16) sum[r][h] = (__m512i)_mm512_dpbf16_ps((Vec)sum[r][h], (__m512bh)v[h], (__m512bh)x);
+                    else
+#endif
+#ifdef __AVX512VNNI__
+                    if constexpr (KIND == INT8) sum[r][h] = _mm512_dpbusd_epi32(sum[r][h], v[h], x);
+                    else
+#endif
+                    sum[r][h] = (__m512i)_mm512_fmadd_ps(f, (Vec)x, (Vec)sum[r][h]);
+                }
+            }
+    }
+}
+
+#ifdef __AVX512VNNI__
+// out = what the integer sums of line i stand for, with its far values
+inline void rescale(const char *w, const Input &in, long i, const __m512i (&sum)[2], Vec (&out)[2]) {
+    __m512i far[2] = {_mm512_set1_epi32(-in.far_offset[i]), _mm512_set1_epi32(-in.far_offset[i])};
+    const Far *f = in.far_of(i);
+    for (long n = in.far_count[i]; n > 0; n--, f++)
+        for (int h = 0; h < 2; h++)
+            far[h] = _mm512_dpbusd_epi32(far[h], _mm512_load_si512(w + f->step * 128L + 64 * h), _mm512_set1_epi32(f->digits));
+    for (int h = 0; h < 2; h++) {
+        const __m512i near = _mm512_sub_epi32(sum[h], _mm512_set1_epi32(in.offset[i]));
+        out[h] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(far[h]), all(in.far_scale[i]),
+                                 _mm512_mul_ps(_mm512_cvtepi32_ps(near), all(in.scale[i])));
+    }
+}
+#endif
+
+// 32 outputs of the R lines from `first`: out[line][panel * 32 ...] (stride floats a line)
+template <int KIND, int R>
+void tile(const Matrix &m, const Input &in, long first, long panel, float *out, long stride, Then then) {
+    const char *w = m.panel<KIND>(panel);
+    __m512i sum[R][2];
+    for (auto &s : sum) s[0] = s[1] = _mm512_setzero_si512();
+    multiply<KIND, R>(w, m.width / group(KIND), in.line<KIND>(first), sum);
+    for (int r = 0; r < R; r++) {
+        Vec v[2] = {(Vec)sum[r][0], (Vec)sum[r][1]};
+#ifdef __AVX512VNNI__
+        if constexpr (KIND == INT8) rescale(w, in, first + r, sum[r], v);
+#endif
+        for (int h = 0; h < 2; h++) {
+            const long n = panel * PANEL + 16 * h;
+            float *to = out + (first + r) * stride + n;
+            if (KIND == INT8) v[h] = _mm512_mul_ps(v[h], load(m.scale + n));
+            if (m.bias) v[h] = _mm512_add_ps(v[h], load(m.bias + n));
+            if (then == ADD) v[h] = _mm512_add_ps(v[h], load(to));
+            if (then == GELU) v[h] = gelu(v[h]);
+            if (then == GELU_NEW) v[h] = gelu_new(v[h]);
+            store(to, v[h]);
+        }
+    }
+}
+
+// One panel's 32 outputs for every line of `in`
+template <int KIND> void product(const Matrix &m, const Input &in, long panel, float *out, long stride, Then then) {
+    using Tile = void (*)(const Matrix &, const Input &, long, long, float *, long, Then);
+    static constexpr Tile tiles[MOST] = {tile<KIND, 1>, tile<KIND, 2>, tile<KIND, 3>, tile<KIND, 4>,
+                                         tile<KIND, 5>, tile<KIND, 6>, tile<KIND, 7>, tile<KIND, 8>,
+                                         tile<KIND, 9>, tile<KIND, 10>, tile<KIND, 11>, tile<KIND, 12>};
+    for (long t = 0; t < in.tiles(); t++)
+        tiles[in.first(t + 1) - in.first(t) - 1](m, in, in.first(t), panel, out, stride, then);
+}
+
+// out = row `row` of the matrix as floats: how a token is looked up in the head's own weights, kept once
+template <int KIND> void read_row(const Matrix &m, long row, float *out) {
+    constexpr long G = group(KIND);
+    const char *w = m.panel<KIND>(row / PANEL) + row % PANEL * 4;
+    for (long k = 0; k < m.width; k++) {
+        const char *at = w + k / G * 128 + k % G * (4 / G);
+        uint32_t bits = 0;
+        if constexpr (KIND == INT8) out[k] = ((uint8_t)*at - 128) * m.scale[row];
+        else std::memcpy((char *)&bits + 4 - 4 / G, at, 4 / G), std::memcpy(out + k, &bits, 4);
+    }
+}

@@ -1,0 +1,255 @@
+// A GPT-2 forward pass over ragged rows in one call: prefill, decode and any mix of the two.
+//
+// Read it after team.h (threads), vector.h (maths), product.h (matrices) and attention.h (the cache). What a row computes
+// is the same alone or in any step, on any number of threads, bit for bit: only the sharing out of work differs.
+// Plain C interface at the end, for ctypes. No global state; weights and cache belong to the caller.
+#include <cstdlib>
+
+#include "attention.h"
+#include "product.h"
+#include "team.h"
+
+constexpr long VERSION = 1;  // of the structures and functions that inference/native_runner.py also knows
+constexpr long ROWS = 512;   // rows computed at once; a longer step is cut into such parts, which changes no result
+constexpr long FEW = 2;      // so many rows are prepared by every thread for itself, which costs less than to meet
+
+struct Layer {
+    const float *norm1, *norm1_bias, *norm2, *norm2_bias;  // biases may be null
+    Matrix qkv, out, up, down;
+};
+struct Model {
+    long layers, heads, width, vocabulary, block, slots, kind, gelu_new, threads;
+    const float *positions, *norm, *norm_bias;
+    Matrix tokens, head;  // the same when tied
+    const Layer *layer;
+    void *cache;  // [layers][slots][2][heads][span][head size]: floats for F32, else halves; pages are touched when used
+};
+
+inline long up_to(long n, long multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Scratch memory, aligned and freed with its owner.
+template <class T> struct Room {
+    T *at;
+    explicit Room(long n) : at((T *)std::aligned_alloc(64, up_to(std::max(n, 1L) * sizeof(T), 64))) {
+        if (!at) throw std::bad_alloc();
+    }
+    ~Room() { std::free(at); }
+    Room(const Room &) = delete;
+    operator T *() const { return at; }
+};
+
+// Room for the activations of `lines` rows of up to `width` numbers.
+struct InputRoom {
+    Room<int32_t> data;
+    Room<float> scale, far_scale;
+    Room<int32_t> offset, far_offset, far_count;
+    Room<Far> far;
+    InputRoom(long lines, long width)
+        : data(lines * width), scale(lines), far_scale(lines), offset(lines), far_offset(lines), far_count(lines),
+          far(lines * width / 16) {}
+    Input input(long count, long width) const {
+        return {data, scale, far_scale, offset, far_offset, far_count, far, count, width};
+    }
+};
+
+// Rows of a step and how they fall into groups of neighbours, which attention takes together.
+struct Rows {
+    struct Group { long first, count; };
+    std::vector<long> slot, position;
+    std::vector<Group> groups;
+    void add(long s, long p) {
+        const long i = slot.size();
+        if (!groups.empty() && groups.back().count < NEIGHBOURS && slot.back() == s && position.back() + 1 == p) groups.back().count++;
+        else groups.push_back({i, 1});
+        slot.push_back(s), position.push_back(p);
+    }
+    long count() const { return slot.size(); }
+};
+
+struct Own {  // of one thread
+    InputRoom input;
+    Room<float> row, scores;
+    Own(long width, long span) : input(FEW, 4 * width), row(width), scores(NEIGHBOURS * span) {}
+};
+
+struct Step {
+    const Model m;
+    const long size, span, wide;          // of a head; positions a slot has room for; floats from row to row of x
+    Room<float> x, y, h;                  // [ROWS]: the residual stream, queries keys and values, the MLP's inner layer
+    InputRoom shared;
+    std::vector<std::unique_ptr<Own>> own;
+    Rows all_rows, wanted_rows;           // of this step
+    std::vector<long> want;               // of all_rows, rising
+    const long *token;
+    float *logits;
+    long *best;
+    Team team;                            // last: its threads use the rest
+
+    explicit Step(const Model &m)
+        : m(m), size(m.width / m.heads), span(up_to(m.block, 64)), wide(up_to(m.width, PANEL)), x(ROWS * wide),
+          y(ROWS * up_to(3 * m.width, PANEL)), h(ROWS * 4 * m.width), shared(ROWS, 4 * m.width),
+          own(m.threads), team(m.threads, [this](Member &me) { work(me); }) {
+        for (auto &o : own) o = std::make_unique<Own>(m.width, span);
+    }
+
+    template <class E> Head<E> head_of(long layer, long slot, long head) const {
+        const long each = m.heads * span * size;
+        E *keys = (E *)m.cache + (layer * m.slots + slot) * 2 * each + head * span * size;
+        return {keys, keys + each, size};
+    }
+
+    // x = token embedding + position embedding
+    template <int KIND> void embed(long i) {
+        float *to = x + i * wide;
+        const float *position = m.positions + all_rows.position[i] * m.width;
+        read_row<KIND>(m.tokens, token[i], to);
+        for (long k = 0; k < m.width; k += 16) store(to + k, _mm512_add_ps(load(to + k), load(position + k)));
+    }
+
+    // Activations of rows as products read them; row(i, room) gives the floats, in `room` or where they are.
+    template <int KIND, class Row> Input prepare(Member &me, long count, long width, Row row) {
+        float *room = own[me.id]->row;
+        if (count <= FEW) {
+            const Input in = own[me.id]->input.input(count, width);
+            for (long i = 0; i < count; i++) write_line<KIND>(in, i, row(i, room));
+            return in;
+        }
+        const Input in = shared.input(count, width);
+        me.each(in.tiles(), [&](long t) {
+            for (long i = in.first(t); i < in.first(t + 1); i++) write_line<KIND>(in, i, row(i, room));
+        });
+        return in;
+    }
+
+    // Put the keys and values among a panel's outputs into the cache.
+    template <class E> void remember(long layer, long panel) {
+        const long stride = up_to(3 * m.width, PANEL);
+        for (long n = std::max(panel * PANEL, m.width); n < std::min((panel + 1) * PANEL, 3 * m.width); n += 16)
+            for (long i = 0; i < all_rows.count(); i++) {
+                const long column = n % m.width, at = column % size, position = all_rows.position[i];
+                const auto head = head_of<E>(layer, all_rows.slot[i], column / size);
+                if (n < 2 * m.width) head.store_key(position, at, y + i * stride + n);
+                else head.store_value(position, at, y + i * stride + n);
+            }
+    }
+
+    // One head of one group of neighbours: queries in y become what they attend to.
+    template <class E> void attend_group(Member &me, long layer, const Rows &rows, long item) {
+        const long groups = rows.groups.size(), stride = up_to(3 * m.width, PANEL);
+        const auto [first, count] = rows.groups[item % groups];
+        const auto head = head_of<E>(layer, rows.slot[first], item / groups);
+        static constexpr decltype(&attend<E, 1>) sizes[] = {attend<E, 1>, attend<E, 2>, attend<E, 3>, attend<E, 4>};
+        static_assert(NEIGHBOURS == 4);
+        sizes[count - 1](head, y + first * stride + item / groups * size, stride, rows.position[first], own[me.id]->scores, span);
+    }
+
+    // Keep only the wanted rows of x and of the queries, moved to the front; `want` rises, so nothing is overwritten.
+    void narrow_to_wanted(Member &me) {
+        const long stride = up_to(3 * m.width, PANEL);
+        me.each(m.width / 16, [&](long part) {
+            for (long i = 0; i < wanted_rows.count(); i++) {
+                store(x + i * wide + 16 * part, load(x + want[i] * wide + 16 * part));
+                store(y + i * stride + 16 * part, load(y + want[i] * stride + 16 * part));
+            }
+        });
+    }
+
+    template <int KIND> void forward(Member &me) {
+        using E = std::conditional_t<KIND == F32, float, Half>;
+        const long C = m.width, stride = up_to(3 * C, PANEL);
+        const Rows *rows = &all_rows;
+        const auto multiply = [&](const Matrix &w, const Input &in, float *out, long ld, Then then) {
+            me.each(w.rows / PANEL, [&](long panel) { product<KIND>(w, in, panel, out, ld, then); });
+        };
+        const auto normed = [&](const float *weight, const float *bias) {
+            return [=, this](long i, float *room) { return norm(x + i * wide, weight, bias, room, C), room; };
+        };
+        me.each(rows->count(), [&](long i) { embed<KIND>(i); });
+        for (long l = 0; l < m.layers; l++) {
+            const Layer &L = m.layer[l];
+            Input in = prepare<KIND>(me, rows->count(), C, normed(L.norm1, L.norm1_bias));
+            me.each(L.qkv.rows / PANEL, [&](long panel) {
+                product<KIND>(L.qkv, in, panel, y, stride, STORE);
+                remember<E>(l, panel);
+            });
+            if (l == m.layers - 1) {  // the last layer's keys and values stand: other rows than the wanted end here
+                rows = &wanted_rows;
+                if (rows->count() == 0) return;
+                if (rows->count() < all_rows.count()) narrow_to_wanted(me);
+            }
+            me.each(m.heads * rows->groups.size(), [&](long item) { attend_group<E>(me, l, *rows, item); });
+            in = prepare<KIND>(me, rows->count(), C, [&](long i, float *) { return y + i * stride; });
+            multiply(L.out, in, x, wide, ADD);
+            in = prepare<KIND>(me, rows->count(), C, normed(L.norm2, L.norm2_bias));
+            multiply(L.up, in, h, 4 * C, m.gelu_new ? GELU_NEW : GELU);
+            in = prepare<KIND>(me, rows->count(), 4 * C, [&](long i, float *) { return h + i * 4 * C; });
+            multiply(L.down, in, x, wide, ADD);
+        }
+        const Input in = prepare<KIND>(me, rows->count(), C, normed(m.norm, m.norm_bias));
+        multiply(m.head, in, logits, m.head.rows, STORE);
+        me.each(rows->count(), [&](long i) { best[i] = greatest(logits + i * m.head.rows, m.vocabulary); });
+    }
+
+    void work(Member &me) {
+        if (m.kind == F32) forward<F32>(me);
+        else if (m.kind == BF16) forward<BF16>(me);
+        else forward<INT8>(me);
+    }
+
+    // Where the greatest of n numbers is; the first of equals.
+    static long greatest(const float *z, long n) {
+        Vec most = all(-INFINITY);
+        for (long i = 0; i < n; i += 16)
+            most = _mm512_max_ps(most, _mm512_mask_loadu_ps(all(-INFINITY), n - i >= 16 ? 0xffff : (1 << (n - i)) - 1, z + i));
+        const Vec top = all(_mm512_reduce_max_ps(most));
+        for (long i = 0; i < n; i += 16) {
+            const unsigned equal = _mm512_mask_cmp_ps_mask(n - i >= 16 ? 0xffff : (1 << (n - i)) - 1, load(z + i), top, _CMP_EQ_OQ);
+            if (equal) return i + __builtin_ctz(equal);
+        }
+        return 0;
+    }
+};
+
+// ---- the interface -------------------------------------------------------------------------------------------------
+extern "C" {
+
+// Say whether the caller means the same structures: its version and the size of its Model.
+bool step_agrees(long version, long size) { return version == VERSION && size == (long)sizeof(Model); }
+
+// Return an engine for a model (whose weights and cache stay the caller's), or null when memory or threads are short.
+Step *step_open(const Model *model) {
+    try {
+        return new Step(*model);
+    } catch (...) {
+        return nullptr;
+    }
+}
+
+void step_close(Step *step) { delete step; }
+
+// Compute `count` rows: token, slot and position of each. `want` lists rows, rising; their logits go to `logits`, one
+// after the other with the head's padded rows each, and where the greatest of each is to `best`.
+// Returns -1, or the index of the first row out of bounds, or `count` for a wrong `want`; then nothing was computed.
+long step_rows(Step *step, long count, const long *token, const long *slot, const long *position, long wanted,
+               const long *want, float *logits, long *best) {
+    const Model &m = step->m;
+    const auto within = [](long n, long bound) { return n >= 0 && n < bound; };
+    for (long i = 0; i < count; i++)
+        if (!within(token[i], m.vocabulary) || !within(slot[i], m.slots) || !within(position[i], m.block)) return i;
+    for (long i = 0; i < wanted; i++)
+        if (!within(want[i], count) || (i && want[i] <= want[i - 1])) return count;
+    for (long start = 0, done = 0; start < count; start += ROWS) {
+        const long end = std::min(start + ROWS, count);
+        step->all_rows = step->wanted_rows = {}, step->want.clear();
+        for (long i = start; i < end; i++) step->all_rows.add(slot[i], position[i]);
+        for (long i = done; i < wanted && want[i] < end; i++) {
+            step->want.push_back(want[i] - start);
+            step->wanted_rows.add(slot[want[i]], position[want[i]]);
+        }
+        step->token = token + start, step->logits = logits + done * m.head.rows, step->best = best + done;
+        step->team.run();
+        done += step->want.size();
+    }
+    return -1;
+}
+}

@@ -1,0 +1,239 @@
+"""The model on CPUs with AVX-512: packs a GPT's weights once and runs native/step.cpp on them through ctypes.
+
+Satisfies runner.ModelRunner. Rows do not depend on each other: a row's logits are the same bit for bit alone, in any
+step, prefilled in one piece or token by token, on any number of threads. What each dtype does:
+fp32: everything in float32. bf16: weights and the activations they meet in bfloat16, sums in float32, cache in
+half precision. int8: weights in 8 bits with a scale per row, activations in 8 bits with a scale per row of the step
+and far values apart (product.h), cache in half precision.
+"""
+
+import ctypes
+import mmap
+import weakref
+from array import array
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from inference.native.build import CannotBuild, library
+from inference.native.machine import available_cores
+from model import GPT, GPTConfig
+
+VERSION = 1  # as in step.cpp
+PANEL = 32  # rows of weights that lie together
+KINDS = {"fp32": (0, torch.float32), "bf16": (1, torch.bfloat16), "int8": (2, torch.uint8)}  # number in C++, stored as
+GREATEST_WIDTH = 16384  # beyond it int8 sums could leave 32 bits
+
+_P, _L = ctypes.c_void_p, ctypes.c_long
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [("weights", _P), ("scale", _P), ("bias", _P), ("rows", _L), ("width", _L)]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, _P) for name in ("norm1", "norm1_bias", "norm2", "norm2_bias")),
+        *((name, _Matrix) for name in ("qkv", "out", "up", "down")),
+    ]
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [
+        *((name, _L) for name in ("layers", "heads", "width", "vocabulary", "block", "slots")),
+        *((name, _L) for name in ("kind", "gelu_new", "threads")),
+        *((name, _P) for name in ("positions", "norm", "norm_bias")),
+        *((name, _Matrix) for name in ("tokens", "head")),
+        ("layer", ctypes.POINTER(_Layer)),
+        ("cache", _P),
+    ]
+
+
+def _load() -> ctypes.CDLL:
+    """Return the library, compiled if need be. Raises CannotBuild. CDLL and not PyDLL: a step runs without the GIL."""
+    path = library()
+    try:
+        lib = ctypes.CDLL(str(path))
+    except OSError as e:
+        raise CannotBuild(f"the compiled library does not load: {e}") from e
+    lib.step_agrees.argtypes, lib.step_agrees.restype = [_L, _L], ctypes.c_bool
+    lib.step_open.argtypes, lib.step_open.restype = [ctypes.POINTER(_Model)], _P
+    lib.step_close.argtypes, lib.step_close.restype = [_P], None
+    lib.step_rows.argtypes, lib.step_rows.restype = [_P, _L, _P, _P, _P, _L, _P, _P, _P], _L
+    if not lib.step_agrees(VERSION, ctypes.sizeof(_Model)):
+        raise CannotBuild(f"{path} has another version of the interface")
+    return lib
+
+
+def _up_to(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+class _Arena:
+    """One stretch of anonymous memory that tensors are cut from; pages come when they are first written.
+
+    `huge` asks for 2 MiB pages, which make long streams faster; without it little is touched for little use.
+    """
+
+    def __init__(self, nbytes: int, huge: bool):
+        memory = mmap.mmap(-1, max(nbytes, 1))
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
+        self._bytes, self._used = torch.frombuffer(memory, dtype=torch.uint8), 0
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return the next tensor, all zero, beginning at a multiple of 64 bytes."""
+        nbytes = torch.Size(shape).numel() * dtype.itemsize
+        start, self._used = self._used, self._used + _up_to(nbytes, 64)
+        return self._bytes[start : start + nbytes].view(dtype).view(shape)
+
+
+class _Packer:
+    """Turns a model's parameters into what the step reads, one after the other, and keeps the results alive."""
+
+    def __init__(self, config: GPTConfig, dtype: str):
+        self.kind, self.stored = KINDS[dtype]
+        self.kept: list[Tensor] = []
+        C, V = config.n_embd, config.vocab_size
+        shapes = [(3 * C, C), (C, C), (4 * C, C), (C, 4 * C)] * config.n_layer + [(V, C)] * (1 if config.tied else 2)
+        self.nbytes = sum(_up_to(_up_to(n, PANEL) * k * self.stored.itemsize, 64) for n, k in shapes)
+        self._arena = _Arena(self.nbytes, huge=True)
+
+    def floats(self, tensor: Tensor | None, length: int | None = None) -> int | None:
+        """Keep a float32 copy, with zeros up to `length`; return its address, None for None."""
+        if tensor is None:
+            return None
+        copy = torch.zeros(length or tensor.numel())
+        copy[: tensor.numel()] = tensor.detach().reshape(-1)
+        self.kept.append(copy)
+        return copy.data_ptr()
+
+    def matrix(self, weight: Tensor, bias: Tensor | None = None) -> _Matrix:
+        """Pack weights (rows, width) in panels of 32 rows. Raises ValueError if one is not finite."""
+        rows, width = weight.shape
+        padded, group = _up_to(rows, PANEL), 4 // self.stored.itemsize
+        packed = self._arena.take((padded // PANEL, width // group, PANEL, group), self.stored)
+        scale = torch.zeros(padded)
+        for start in range(0, rows, 64 * PANEL):  # in parts, so that copies stay small
+            part = weight[start : start + 64 * PANEL].detach().float()
+            part = F.pad(part, (0, 0, 0, -len(part) % PANEL))
+            most = part.abs().amax(1)
+            if not most.isfinite().all():
+                raise ValueError("the model's weights hold a value that is not finite")
+            if self.stored is torch.uint8:
+                scale[start : start + len(part)] = most / 127
+                part = (part * (127 / most.clamp(min=1e-30))[:, None]).round() + 128
+            first = start // PANEL
+            packed[first : first + len(part) // PANEL] = part.view(-1, PANEL, width // group, group).transpose(1, 2)
+        self.kept += [packed, scale]
+        return _Matrix(packed.data_ptr(), scale.data_ptr(), self.floats(bias, padded), padded, width)
+
+
+def _pack(model: GPT, packer: _Packer, native: _Model) -> None:
+    parts: Any = model.transformer
+    native.positions = packer.floats(parts["wpe"].weight)
+    native.norm, native.norm_bias = packer.floats(parts["ln_f"].weight), packer.floats(parts["ln_f"].bias)
+    native.head = packer.matrix(model.lm_head.weight)
+    native.tokens = native.head if model.config.tied else packer.matrix(parts["wte"].weight)
+    for block, layer in zip(parts["h"], native.layer[: model.config.n_layer], strict=True):
+        layer.norm1, layer.norm1_bias = packer.floats(block.ln_1.weight), packer.floats(block.ln_1.bias)
+        layer.norm2, layer.norm2_bias = packer.floats(block.ln_2.weight), packer.floats(block.ln_2.bias)
+        layer.qkv = packer.matrix(block.attn.c_attn.weight, block.attn.c_attn.bias)
+        layer.out = packer.matrix(block.attn.c_proj.weight, block.attn.c_proj.bias)
+        layer.up = packer.matrix(block.mlp.c_fc.weight, block.mlp.c_fc.bias)
+        layer.down = packer.matrix(block.mlp.c_proj.weight, block.mlp.c_proj.bias)
+
+
+class NativeRunner:
+    """A model in the native step: packed weights, cache and threads of its own. Several may live in one process."""
+
+    name = "native"
+    device = "cpu"
+
+    def __init__(self, model: GPT, slots: int, dtype: str, threads: int | None = None):
+        """Pack `model`, which may be freed afterwards. `threads` None is every core that is ours.
+
+        Raises ValueError for a model that `unsupported` refuses, or with weights that are not finite; CannotBuild;
+        MemoryError.
+        """
+        if (reason := self.unsupported(model.config, dtype)) is not None:
+            raise ValueError(reason)
+        if slots < 1:
+            raise ValueError(f"slots is {slots}; it must be at least 1")
+        config = model.config
+        self.dtype, self.slots = dtype, slots
+        self.block_size, self.vocab_size = config.block_size, config.vocab_size
+        self.threads = max(1, available_cores() if threads is None else threads)
+        self.last_argmax: list[int] = []  # of each row of the last result: where its greatest logit is
+        packer = _Packer(config, dtype)
+        native = _Model(config.n_layer, config.n_head, config.n_embd, config.vocab_size, config.block_size, slots)
+        native.kind, native.gelu_new, native.threads = packer.kind, config.activation == "gelu_new", self.threads
+        native.layer = (_Layer * config.n_layer)()
+        _pack(model, packer, native)
+        span, element = _up_to(config.block_size, 64), 4 if dtype == "fp32" else 2
+        cache = _Arena(2 * config.n_layer * slots * span * config.n_embd * element, huge=False)
+        native.cache = cache.take((1,), torch.uint8).data_ptr()
+        self.packed_bytes = packer.nbytes
+        self._width = native.head.rows  # of a row of logits, with padding
+        self._lib = _load()
+        step = self._lib.step_open(ctypes.byref(native))
+        if step is None:
+            raise MemoryError("no memory or threads for the native step")
+        self._step: int | None = step
+        self._close = weakref.finalize(self, _release, self._lib.step_close, step, [packer, cache, native])
+
+    @staticmethod
+    def unsupported(config: GPTConfig, dtype: str) -> str | None:
+        """Return why this machine or model cannot use the native step, or None. Compiles it if need be."""
+        if dtype not in KINDS:
+            return f"dtype is {dtype!r}; the native step has {', '.join(KINDS)}"
+        if config.head_size % 16:
+            return f"the head size {config.head_size} is not a multiple of 16"
+        if config.n_embd > GREATEST_WIDTH:
+            return f"n_embd {config.n_embd} is above {GREATEST_WIDTH}"
+        try:
+            _load()
+        except CannotBuild as e:
+            return str(e)
+        return None
+
+    def rows(
+        self, tokens: Sequence[int], slots: Sequence[int], positions: Sequence[int], want: Sequence[int]
+    ) -> Tensor:
+        """Compute one step (see ModelRunner.rows). Raises ValueError for a row or a wanted row out of bounds."""
+        if self._step is None:
+            raise ValueError("the runner is closed")
+        if not len(tokens) == len(slots) == len(positions):
+            raise ValueError(f"{len(tokens)} tokens, {len(slots)} slots and {len(positions)} positions do not match")
+        order = sorted(set(want))
+        logits, best = torch.empty(len(order), self._width), array("q", order)
+        arrays = [array("q", part) for part in (tokens, slots, positions, order)]
+        ids, at, to, wanted = (a.buffer_info()[0] for a in arrays)
+        bad = self._lib.step_rows(
+            self._step, len(tokens), ids, at, to, len(order), wanted, logits.data_ptr(), best.buffer_info()[0]
+        )
+        if bad == len(tokens):
+            raise ValueError(f"want is {list(want)}; the step has rows 0 to {len(tokens) - 1}")
+        if bad >= 0:
+            raise ValueError(
+                f"row {bad} is token {tokens[bad]} in slot {slots[bad]} at position {positions[bad]}; the model has"
+                f" {self.vocab_size} tokens, {self.slots} slots and {self.block_size} positions"
+            )
+        if list(want) != order:  # each row once and rising is what the step knows
+            where = [order.index(row) for row in want]
+            logits, best = logits[where], array("q", [best[i] for i in where])
+        self.last_argmax = best.tolist()
+        return logits[:, : self.vocab_size]
+
+    def close(self) -> None:
+        """Give back weights, cache and threads. Logits returned before stay valid."""
+        self._step = None
+        self._close()
+
+
+def _release(close: Callable[[int], None], step: int, kept: list[object]) -> None:
+    close(step)
+    kept.clear()

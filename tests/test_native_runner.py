@@ -1,0 +1,294 @@
+"""The native step against the plain forward with the same rounded weights, and that rows never depend on each other."""
+
+import copy
+import ctypes
+import math
+import random
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from inference.native import build
+from inference.native_runner import NativeRunner
+from model import GPT, GPTConfig
+
+REASON = NativeRunner.unsupported(GPTConfig(n_layer=1, n_head=1, n_embd=16, block_size=8, vocab_size=16), "fp32")
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+DTYPES = ("fp32", "bf16", "int8")
+SHAPES = {
+    "odd": GPTConfig(n_layer=2, n_head=3, n_embd=48, block_size=70, vocab_size=65, bias=True),
+    "no bias, untied": GPTConfig(n_layer=3, n_head=2, n_embd=64, block_size=33, vocab_size=33, bias=False, tied=False),
+    "as GPT-2": GPTConfig(n_layer=2, n_head=2, n_embd=128, block_size=96, vocab_size=300, activation="gelu_new"),
+    "wide heads": GPTConfig(n_layer=1, n_head=2, n_embd=224, block_size=40, vocab_size=1, bias=False),
+}
+
+
+def model_of(config: GPTConfig, seed: int = 0) -> GPT:
+    """Return a model whose norms and biases matter too."""
+    torch.manual_seed(seed)
+    model = GPT(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 1:
+                p.add_(0.1 * torch.randn_like(p))
+            else:
+                p.mul_(3)
+    return model
+
+
+def rounded(model: GPT, dtype: str) -> GPT:
+    """Return a copy whose matrices hold what the runner's packed ones stand for."""
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, p in copied.named_parameters():
+            if p.dim() == 2 and "wpe" not in name:
+                if dtype == "bf16":
+                    p.copy_(p.bfloat16().float())
+                if dtype == "int8":
+                    scale = p.abs().amax(1, keepdim=True) / 127
+                    p.copy_((p / scale).round() * scale)
+    return copied
+
+
+def resident() -> int:
+    """Return this process's resident memory in bytes."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def compile_with_the_sources(source: str, folder: Path) -> Path:
+    (folder / "test.cpp").write_text(source)
+    target = folder / "test.so"
+    command = [build.compiler(), *build.flags(), "-I", str(build.HERE), str(folder / "test.cpp"), "-o", str(target)]
+    subprocess.run(command, check=True, timeout=50)
+    return target
+
+
+def ids_for(config: GPTConfig, n: int, seed: int = 1) -> list[int]:
+    return random.Random(seed).choices(range(config.vocab_size), k=n)
+
+
+def prefill(runner: NativeRunner, ids: list[int], slot: int = 0) -> torch.Tensor:
+    n = len(ids)
+    return runner.rows(ids, [slot] * n, list(range(n)), list(range(n))).clone()
+
+
+def difference(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the root mean square of the difference, relative to the spread of the expected logits."""
+    spread = expected.std().item() if expected.numel() > len(expected) else expected.abs().max().item()
+    return ((got - expected).square().mean().sqrt() / spread).item()
+
+
+# fp32 differs by the order of sums. bf16 rounds the activations to 8 bits of mantissa (0.2 % each). int8 rounds them to
+# 1/127 of about 4 times their root mean square: 1 % of noise in each product. Measured: 1e-6, 0.004 and 0.02.
+TOLERANCE = {"fp32": 5e-6, "bf16": 0.01, "int8": 0.04}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_are_those_of_the_plain_forward_with_the_same_weights(shape, dtype):
+    model = model_of(SHAPES[shape])
+    ids = ids_for(model.config, model.config.block_size)
+    runner = NativeRunner(model, slots=2, dtype=dtype, threads=2)
+    with torch.inference_mode():
+        expected = rounded(model, dtype)(torch.tensor([ids]))[0][0]
+    assert difference(prefill(runner, ids, slot=1), expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_channels_far_out_cost_little_precision(dtype):
+    """Trained GPT-2 has a few channels a hundred times the others; plain 8-bit rows lose everything beside them."""
+    config = SHAPES["as GPT-2"]
+    model = model_of(config)
+    with torch.no_grad():
+        for block in model.transformer["h"]:
+            block.ln_1.weight[5], block.ln_2.weight[77] = 60.0, 100.0
+            block.attn.c_attn.weight[:, 5] /= 60
+            block.mlp.c_fc.weight[:, 77] /= 100
+            block.mlp.c_fc.bias[9] = 20.0
+    ids = ids_for(config, 90)
+    with torch.inference_mode():
+        expected = rounded(model, dtype)(torch.tensor([ids]))[0][0]
+    got = prefill(NativeRunner(model, slots=1, dtype=dtype, threads=1), ids)
+    assert difference(got, expected) < TOLERANCE[dtype]
+
+
+def test_fp32_continues_a_prompt_as_naive_generate_does():
+    for shape in ("odd", "as GPT-2", "no bias, untied"):
+        model = model_of(SHAPES[shape])
+        ids = ids_for(model.config, 9)
+        expected = model.generate(torch.tensor([ids]), 24, temperature=0)[0].tolist()
+        runner = NativeRunner(model, slots=1, dtype="fp32", threads=1)
+        runner.rows(ids[:-1], [0] * 8, list(range(8)), [])
+        while len(ids) < len(expected):
+            runner.rows(ids[-1:], [0], [len(ids) - 1], [0])
+            ids.append(runner.last_argmax[0])
+        assert ids == expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_is_the_same_bit_for_bit_in_pieces_in_any_batch_and_with_any_threads(dtype):
+    """Sequences of their own lengths start at random and advance by random pieces in common steps."""
+    model = model_of(SHAPES["as GPT-2"])
+    draw = random.Random(3)
+    whole = [ids_for(model.config, n, seed=n) for n in (96, 64, 50, 33, 17, 16, 15, 7, 2, 1, 90, 61, 40)]
+    alone = NativeRunner(model, slots=1, dtype=dtype, threads=1)
+    expected = [prefill(alone, ids) for ids in whole]
+    for threads in (1, 2, 3):
+        runner = NativeRunner(model, slots=len(whole), dtype=dtype, threads=threads)
+        at = [0] * len(whole)
+        while pieces := {s: draw.choice((1, 1, 1, 2, 5, 30)) for s in range(len(whole)) if at[s] < len(whole[s])}:
+            rows = [
+                (s, p)
+                for s, n in pieces.items()
+                if draw.random() < 0.7
+                for p in range(at[s], min(at[s] + n, len(whole[s])))
+            ]
+            want = sorted(draw.sample(range(len(rows)), draw.randint(0, len(rows))))
+            got = runner.rows([whole[s][p] for s, p in rows], [s for s, _ in rows], [p for _, p in rows], want)
+            for i, row in enumerate(want):
+                s, at[s] = rows[row][0], rows[row][1] + 1
+                assert torch.equal(got[i], expected[s][rows[row][1]]), (threads, len(rows), rows[row])
+            for s, p in rows:
+                at[s] = p + 1
+
+
+def test_a_step_of_more_rows_than_fit_at_once_is_the_same_as_several():
+    model = model_of(GPTConfig(n_layer=2, n_head=1, n_embd=32, block_size=700, vocab_size=50))
+    runner = NativeRunner(model, slots=2, dtype="bf16", threads=2)
+    ids = ids_for(model.config, 700)
+    one = prefill(runner, ids, slot=0)
+    parts = [
+        runner.rows(ids[a : a + 7], [1] * 7, list(range(a, a + 7)), list(range(7))).clone() for a in range(0, 700, 7)
+    ]
+    assert torch.equal(one, torch.cat(parts))
+    few = runner.rows(ids, [0] * 700, list(range(700)), [3, 511, 512, 699])
+    assert torch.equal(few, one[[3, 511, 512, 699]])
+
+
+def test_want_may_be_in_any_order_repeat_and_be_empty():
+    model = model_of(SHAPES["odd"])
+    runner = NativeRunner(model, slots=1, dtype="fp32", threads=1)
+    everything = prefill(runner, [1, 2, 3, 4])
+    got = runner.rows([1, 2, 3, 4], [0] * 4, [0, 1, 2, 3], [3, 0, 3])
+    assert torch.equal(got, everything[[3, 0, 3]])
+    assert runner.last_argmax == everything[[3, 0, 3]].argmax(1).tolist()
+    assert runner.rows([1], [0], [0], []).shape == (0, 65)
+    assert runner.last_argmax == []
+
+
+def test_a_slot_is_used_again_from_position_0_without_a_trace():
+    model = model_of(SHAPES["odd"])
+    runner = NativeRunner(model, slots=1, dtype="int8", threads=1)
+    first = prefill(runner, [5, 6, 7])
+    prefill(runner, ids_for(model.config, 60))
+    assert torch.equal(prefill(runner, [5, 6, 7]), first)
+
+
+def test_logits_stay_valid_after_the_runner_is_closed_and_closing_twice_is_fine():
+    runner = NativeRunner(model_of(SHAPES["odd"]), slots=1, dtype="bf16", threads=2)
+    logits = runner.rows([1], [0], [0], [0])
+    before = logits.clone()
+    runner.close()
+    runner.close()
+    assert torch.equal(logits, before)
+    with pytest.raises(ValueError, match="closed"):
+        runner.rows([1], [0], [0], [0])
+
+
+def test_several_runners_compute_at_the_same_time_in_one_process():
+    models = [model_of(SHAPES["as GPT-2"], seed) for seed in (1, 2)]
+    ids = ids_for(models[0].config, 60)
+    expected = [prefill(NativeRunner(m, slots=1, dtype="fp32", threads=1), ids) for m in models]
+    runners = [NativeRunner(m, slots=1, dtype="fp32", threads=2) for m in models]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(5):
+            for got, right in zip(pool.map(lambda r: prefill(r, ids), runners), expected, strict=True):
+                assert torch.equal(got, right)
+
+
+def test_the_model_may_be_freed_once_it_is_packed():
+    model = model_of(SHAPES["odd"])
+    runner = NativeRunner(model, slots=1, dtype="fp32", threads=1)
+    before = prefill(runner, [1, 2, 3])
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(math.nan)
+    assert torch.equal(prefill(runner, [1, 2, 3]), before)
+
+
+def test_memory_of_slots_is_taken_when_they_are_used():
+    config = GPTConfig(n_layer=4, n_head=4, n_embd=256, block_size=4096, vocab_size=64)
+    before = resident()
+    runner = NativeRunner(model_of(config), slots=64, dtype="bf16", threads=1)  # 1 GiB of cache
+    runner.rows([1, 2], [0, 63], [0, 0], [1])
+    assert resident() - before < 100 << 20
+
+
+@pytest.mark.parametrize("row", [(65, 0, 0), (-1, 0, 0), (1, 2, 0), (1, -1, 0), (1, 0, 70), (1, 0, -1)])
+def test_a_row_out_of_bounds_is_refused_by_its_index(row):
+    runner = NativeRunner(model_of(SHAPES["odd"]), slots=2, dtype="fp32", threads=1)
+    token, slot, position = row
+    with pytest.raises(ValueError, match=r"row 1 is token .* 65 tokens, 2 slots and 70 positions"):
+        runner.rows([3, token], [0, slot], [0, position], [0])
+
+
+@pytest.mark.parametrize("want", [[2], [-1], [0, 7]])
+def test_a_wanted_row_out_of_bounds_is_refused(want):
+    runner = NativeRunner(model_of(SHAPES["odd"]), slots=2, dtype="fp32", threads=1)
+    with pytest.raises(ValueError, match=r"want is .* rows 0 to 1"):
+        runner.rows([3, 4], [0, 0], [0, 1], want)
+
+
+def test_lists_of_different_lengths_are_refused():
+    runner = NativeRunner(model_of(SHAPES["odd"]), slots=2, dtype="fp32", threads=1)
+    with pytest.raises(ValueError, match="2 tokens, 1 slots and 2 positions"):
+        runner.rows([3, 4], [0], [0, 1], [0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_that_are_not_finite_are_refused(dtype):
+    model = model_of(SHAPES["odd"])
+    with torch.no_grad():
+        model.transformer["h"][1].mlp.c_fc.weight[100, 3] = math.inf
+    with pytest.raises(ValueError, match="not finite"):
+        NativeRunner(model, slots=1, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_activations_that_are_not_finite_give_nan_and_not_an_answer(dtype):
+    model = model_of(SHAPES["odd"])
+    with torch.no_grad():
+        model.transformer["wpe"].weight[1, 7] = math.nan
+    got = prefill(NativeRunner(model, slots=1, dtype=dtype, threads=1), [1, 2])
+    assert got[0].isfinite().all() and got[1].isnan().all()
+
+
+def test_what_the_step_cannot_do_is_said_in_words():
+    odd = GPTConfig(n_layer=1, n_head=4, n_embd=32, block_size=8, vocab_size=16)
+    assert "head size 8" in NativeRunner.unsupported(odd, "fp32")
+    assert "fp8" in NativeRunner.unsupported(SHAPES["odd"], "fp8")
+    with pytest.raises(ValueError, match="head size 8"):
+        NativeRunner(GPT(odd), slots=1, dtype="fp32")
+    with pytest.raises(ValueError, match="slots is 0"):
+        NativeRunner(model_of(SHAPES["odd"]), slots=0, dtype="fp32")
+
+
+def test_the_activations_are_exact_to_a_millionth(tmp_path):
+    source = """
+        #include "vector.h"
+        extern "C" void activate(const float *x, float *exact, float *tanh, long n) {
+            for (long i = 0; i < n; i += 16) store(exact + i, gelu(load(x + i)));
+            for (long i = 0; i < n; i += 16) store(tanh + i, gelu_new(load(x + i)));
+        }"""
+    lib = ctypes.CDLL(str(compile_with_the_sources(source, tmp_path)))
+    x = torch.cat([torch.linspace(-12, 12, 160_000), torch.tensor([0.0, -0.0, 1e30, -1e30] * 4)])
+    exact, tanh = torch.empty_like(x), torch.empty_like(x)
+    lib.activate(*(ctypes.c_void_p(t.data_ptr()) for t in (x, exact, tanh)), ctypes.c_long(len(x)))
+    scale = x.abs().clamp(min=1)
+    assert ((exact.double() - F.gelu(x.double())) / scale).abs().max() < 5e-7
+    assert ((tanh.double() - F.gelu(x.double(), approximate="tanh")) / scale).abs().max() < 5e-7
