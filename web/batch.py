@@ -1,0 +1,151 @@
+"""Batch: the sequences of one HTTP request, from submission to the last piece of text.
+
+It admits all of them or none, notices a client that has gone, counts tokens, and whatever happens it
+cancels what is left and gives its place back. Routes build one, then iterate over it or let it finish.
+"""
+
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from inference.backend import ServedModel
+from inference.sequence import EngineDown, NoModel, PromptTooLong, SamplingParams
+from storage.tokenizer import Tokenizer
+from web.client import Client
+from web.completion import Completion, GenerationFailed, Piece, merged
+from web.context import Context
+from web.errors import Refused
+
+IDLE = 0.2  # seconds without a token after which the caller gets a moment to look around
+LONGEST_TOKEN = 512  # bytes; no vocabulary that is accepted has a longer one
+
+
+def loaded_model(context: Context) -> ServedModel:
+    """Return the model that serves. Raises Refused (503) while the first one loads, NoModel without one."""
+    served = context.engine.served()
+    if served is not None:
+        return served
+    if context.loader.starting:
+        raise Refused(503, "the model is still being loaded", "loading", headers={"Retry-After": "1"})
+    raise NoModel("no model is loaded; load one with POST /api/load_model")
+
+
+def context_tokens(context: Context, model: ServedModel) -> int:
+    """Return the most tokens that prompt and reply may have together."""
+    most = context.settings.max_context_tokens
+    return model.block_size if most is None else min(most, model.block_size)
+
+
+def too_long(limit: int, prompt: str) -> PromptTooLong:
+    """Return the refusal of a prompt, in the words that OpenAI's clients look for."""
+    return PromptTooLong(f"This model's maximum context length is {limit} tokens. However, {prompt}")
+
+
+def encode(text: str, tokenizer: Tokenizer, limit: int) -> list[int]:
+    """Return a prompt's token ids; an empty one is the end-of-text token. Raises PromptTooLong and Refused."""
+    if not text:
+        if tokenizer.eot is None:
+            raise Refused(400, "prompt is empty; this model has no end-of-text token to start from", param="prompt")
+        return [tokenizer.eot]
+    if len(text) > limit * LONGEST_TOKEN:
+        raise too_long(limit, f"the prompt has {len(text)} characters")
+    try:
+        return tokenizer.encode(text)
+    except ValueError as error:  # a character that a character vocabulary does not have
+        raise Refused(400, f"prompt: {error}", param="prompt") from None
+
+
+def draw_seed() -> int:
+    """Return a random seed that every JSON reader can hold."""
+    return secrets.randbits(48)
+
+
+class Batch:
+    """All sequences of one request: `n` for each prompt, prompt after prompt."""
+
+    def __init__(
+        self,
+        context: Context,
+        model: ServedModel,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        client: Client,
+        request_id: str,
+        n: int = 1,
+        stops: Sequence[str] = (),
+    ):
+        self.model, self.prompts, self.n = model, prompts, n
+        self.seed = draw_seed() if params.seed is None else params.seed
+        self._context, self._client = context, client
+        self._open = True
+        self.completions: list[Completion] = []
+        eot = model.tokenizer.eot
+        ends = params.stop_token_ids | (frozenset() if params.ignore_eos or eot is None else frozenset({eot}))
+        context.streams.enter()
+        try:
+            for index in range(n * len(prompts)):
+                own = replace(params, seed=(self.seed + index % n) % 2**63)
+                name = request_id if index == 0 else f"{request_id}-{index}"
+                generation = context.engine.submit(model, prompts[index // n], own, name)
+                self.completions.append(Completion(generation, model.tokenizer, stops, ends, index))
+        except ValueError as error:
+            self.close()
+            raise Refused(400, str(error)) from None
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Return the tokens of all prompts, each counted once."""
+        return sum(len(prompt) for prompt in self.prompts)
+
+    @property
+    def completion_tokens(self) -> int:
+        """Return the tokens generated so far."""
+        return sum(len(completion.tokens) for completion in self.completions)
+
+    def usage(self) -> dict[str, Any]:
+        """Return the token counts as replies have them."""
+        prompt, generated = self.prompt_tokens, self.completion_tokens
+        cached = sum(completion.generation.cached_tokens for completion in self.completions[:: self.n])
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": generated,
+            "total_tokens": prompt + generated,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+    def __iter__(self) -> Iterator[Piece | None]:
+        """Give pieces of text as they come, and None while nothing does.
+
+        Raises GenerationFailed, EngineDown when the server stops, ClientGone when nobody listens.
+        """
+        try:
+            for piece in merged(self.completions, IDLE):
+                self._client.check()
+                yield piece
+        except GenerationFailed as error:
+            if self._context.closing.is_set():
+                raise EngineDown(str(error)) from None
+            raise
+        finally:
+            self.close()
+
+    def finish(self) -> "Batch":
+        """Wait for the end of all completions."""
+        for _ in self:
+            pass
+        return self
+
+    def close(self) -> None:
+        """Cancel what still runs, count, and give the place back; once."""
+        if not self._open:
+            return
+        self._open = False
+        for completion in self.completions:
+            completion.cancel()
+        self._context.metrics.prompt_tokens.inc(self.prompt_tokens)
+        self._context.metrics.generated_tokens.inc(self.completion_tokens)
+        self._context.streams.leave()

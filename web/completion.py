@@ -1,0 +1,114 @@
+"""From token ids to text: what a reply says, piece by piece, and why it ended.
+
+A `Completion` is the text over one `Generation`: whole characters only, nothing of a stop string, and a
+reason at the end. `merged` takes pieces from several of them as they come. A reply that is not streamed
+is the same loop with the pieces joined, so both have the same text byte for byte. No HTTP here.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from inference.sequence import Finished, FinishReason, Generation, Token
+from storage.tokenizer import StopFinder, Tokenizer
+
+TURN = 0.02  # seconds to wait for one of several completions before looking at the others
+
+
+class GenerationFailed(Exception):
+    """The engine ended a request with an error; the message is for the user."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one event brought: perhaps some text, perhaps a token, perhaps the end."""
+
+    completion: "Completion"
+    text: str = ""
+    tokens: tuple[Token, ...] = ()
+    last: bool = False
+
+
+class Completion:
+    """The text of one generation. `ends` are the token ids that end the text and are no part of it."""
+
+    def __init__(
+        self, generation: Generation, tokenizer: Tokenizer, stops: Sequence[str], ends: frozenset[int], index: int = 0
+    ):
+        self.generation, self.index = generation, index
+        self._ends = ends
+        self._tokenizer = tokenizer
+        self._decoder = tokenizer.stream_decoder()
+        self._finder = StopFinder(stops)
+        self._held: Token | None = None  # a token of `ends`, whose text is dropped if the engine stops there
+        self._pieces: list[str] = []
+        self.tokens: list[Token] = []  # every generated one, also those that are not in the text
+        self.finish_reason: str | None = None  # "stop" or "length"
+        self.stop_reason: str | int | None = None  # the stop string or token id that ended it
+
+    @property
+    def text(self) -> str:
+        """Return the text so far."""
+        return "".join(self._pieces)
+
+    def cancel(self) -> None:
+        """Have the engine stop, unless the end has come."""
+        if self.generation.finish_reason is None:
+            self.generation.cancel()
+
+    def poll(self, timeout: float) -> Piece | None:
+        """Return what the next event brings, or None when none comes in time. Raises GenerationFailed."""
+        event = self.generation.next(timeout)
+        if event is None:
+            return None
+        return self._end(event) if isinstance(event, Finished) else self._token(event)
+
+    def _token(self, token: Token) -> Piece:
+        self.tokens.append(token)
+        if token.token_id in self._ends:
+            self._held = token
+            return Piece(self, tokens=(token,))
+        text, stop = self._finder.push(self._decoder.push(token.token_id))
+        if stop is not None:
+            self.generation.cancel()
+            return self._last(text, "stop", stop, (token,))
+        self._pieces.append(text)
+        return Piece(self, text, (token,))
+
+    def _end(self, event: Finished) -> Piece:
+        if event.reason not in (FinishReason.STOP, FinishReason.LENGTH):
+            raise GenerationFailed(event.error or "the request was cancelled")
+        text = ""
+        if self._held is not None and event.reason is not FinishReason.STOP:
+            text = self._decoder.push(self._held.token_id)
+        text, stop = self._finder.push(text + self._decoder.flush())
+        if stop is not None:
+            return self._last(text, "stop", stop)
+        text += self._finder.flush()
+        if event.reason is FinishReason.STOP:
+            return self._last(text, "stop", self.tokens[-1].token_id if self.tokens else None)
+        return self._last(text, "length", None)
+
+    def _last(self, text: str, reason: str, stop_reason: str | int | None, tokens: tuple[Token, ...] = ()) -> Piece:
+        self._pieces.append(text)
+        self.finish_reason, self.stop_reason = reason, stop_reason
+        return Piece(self, text, tokens, last=True)
+
+
+def merged(completions: Sequence[Completion], idle: float) -> Iterator[Piece | None]:
+    """Give the pieces of all completions as they come, and None whenever `idle` seconds brought none."""
+    live = list(completions)
+    quiet_since = time.monotonic()
+    while live:
+        wait = idle if len(live) == 1 else min(idle, TURN)
+        pieces = [piece for completion in live if (piece := completion.poll(0.0)) is not None]
+        if not pieces and (piece := live[0].poll(wait)) is not None:
+            pieces = [piece]
+        yield from pieces
+        live = [completion for completion in live if completion.finish_reason is None]
+        now = time.monotonic()
+        if pieces:
+            quiet_since = now
+        elif now - quiet_since >= idle:
+            quiet_since = now
+            yield None

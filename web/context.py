@@ -1,0 +1,67 @@
+"""What a route may use: settings, engine, jobs, workspace, the model loader and the counters. Nothing global.
+
+`create_app` puts one `Context` into the app; `context()` returns the one of the app that handles this request.
+"""
+
+import threading
+from dataclasses import dataclass, field
+
+from flask import current_app
+
+from inference.backend import InferenceBackend
+from storage.runs import Workspace
+from training.jobs import JobManager
+from web.errors import Refused
+from web.loading import ModelLoader
+from web.metrics import Metrics
+from web.settings import Settings
+
+EXTENSION = "language_model_server"
+
+
+class StreamLimit:
+    """How many generation requests are open, and that there are not too many."""
+
+    def __init__(self, most: int):
+        self._most = most
+        self._open = 0
+        self._lock = threading.Lock()
+
+    @property
+    def open(self) -> int:
+        """Return the number of open generation requests."""
+        return self._open
+
+    def enter(self) -> None:
+        """Count one more. Raises Refused (429)."""
+        with self._lock:
+            if self._open >= self._most:
+                raise Refused(
+                    429, f"{self._open} requests are open, the most allowed", "queue_full", headers={"Retry-After": "1"}
+                )
+            self._open += 1
+
+    def leave(self) -> None:
+        """Count one less."""
+        with self._lock:
+            self._open -= 1
+
+
+@dataclass(frozen=True)
+class Context:
+    """Everything the routes share."""
+
+    settings: Settings
+    engine: InferenceBackend
+    jobs: JobManager
+    workspace: Workspace
+    loader: ModelLoader
+    metrics: Metrics
+    streams: StreamLimit
+    closing: threading.Event = field(default_factory=threading.Event)  # the server is stopping
+
+
+def context() -> Context:
+    """Return the context of the app that handles the current request."""
+    found: Context = current_app.extensions[EXTENSION]
+    return found

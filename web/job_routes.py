@@ -1,0 +1,178 @@
+"""/api/train, /api/jobs, /api/datasets, /api/export: training jobs and what they train on.
+
+The run folder is the truth: what is told of a job is read from its files, by the JobManager and here.
+"""
+
+from collections.abc import Iterator
+from http import HTTPStatus
+from typing import Any, BinaryIO, cast
+
+from flask import Response, request
+from flask_openapi3.blueprint import APIBlueprint
+from flask_openapi3.models.tag import Tag
+
+from storage import datasets as stored
+from storage import uploads
+from storage.registry import resolve
+from training import metrics as training_metrics
+from training.config import TrainConfig
+from web import sse
+from web.client import Client
+from web.context import Context, context
+from web.errors import Refused
+from web.loading import check_allowed
+from web.schemas import (
+    Dataset,
+    Datasets,
+    Error,
+    ExportBody,
+    Job,
+    Jobs,
+    Log,
+    LogQuery,
+    Message,
+    MetricsQuery,
+    NamePath,
+    ResumeBody,
+    Rows,
+    Training,
+    UploadForm,
+)
+
+MULTIPART_BYTES = 64 * 1024  # of an upload's body beside the file
+ERRORS: dict[str | int | HTTPStatus, Any] = {400: Error, 401: Error, 403: Error, 415: Error}
+
+routes = APIBlueprint("jobs", __name__, abp_tags=[Tag(name="training")], abp_responses=ERRORS)
+
+
+@routes.before_request
+def _allow_large_uploads() -> None:
+    if request.endpoint == "jobs.upload_dataset":
+        request.max_content_length = context().settings.max_upload_bytes + MULTIPART_BYTES
+
+
+@routes.post("/api/train", responses={200: Training, 404: Error, 409: Error, 422: Error})
+def train(body: TrainConfig) -> dict[str, Any]:
+    """Start a training job, or queue it behind another."""
+    job = context().jobs.create(body).describe()
+    started = job["process_id"] is not None
+    return {
+        "message": "Training started" if started else "Training queued",
+        "config": job["config"],
+        "config_path": f"out/{job['name']}/train_config.json",
+        "process_id": job["process_id"],
+        "job": job,
+    }
+
+
+@routes.get("/api/jobs", responses={200: Jobs})
+def jobs() -> dict[str, Any]:
+    """List the training jobs."""
+    return {"jobs": [job.describe() for job in context().jobs.list()]}
+
+
+@routes.get("/api/jobs/<name>", responses={200: Job, 404: Error})
+def job(path: NamePath) -> dict[str, Any]:
+    """Tell the state of a job."""
+    return context().jobs.get(path.name).describe()
+
+
+@routes.delete("/api/jobs/<name>", responses={200: Job, 404: Error, 409: Error})
+def delete_job(path: NamePath) -> dict[str, Any]:
+    """Delete a job that does not run, with its checkpoints."""
+    ctx = context()
+    described = ctx.jobs.get(path.name).describe()
+    ctx.jobs.delete(path.name)
+    return described | {"deleted": True}
+
+
+@routes.post("/api/jobs/<name>/stop", responses={200: Job, 404: Error, 409: Error})
+def stop_job(path: NamePath) -> dict[str, Any]:
+    """Stop a job; it saves a checkpoint first."""
+    return context().jobs.stop(path.name).describe()
+
+
+@routes.post("/api/jobs/<name>/resume", responses={200: Job, 404: Error, 409: Error})
+def resume_job(path: NamePath, body: ResumeBody) -> dict[str, Any]:
+    """Go on with a job that has ended, from its last checkpoint."""
+    return context().jobs.resume(path.name, max_iters=body.max_iters).describe()
+
+
+@routes.get("/api/jobs/<name>/metrics", responses={200: Rows, 404: Error})
+def job_metrics(path: NamePath, query: MetricsQuery) -> dict[str, Any]:
+    """Return the rows of a job's metrics."""
+    ctx = context()
+    ctx.jobs.get(path.name)
+    rows = training_metrics.read(ctx.workspace.run(path.name).metrics, after=query.after)
+    return {"metrics": rows if query.limit is None else rows[-query.limit :]}
+
+
+def _follow(ctx: Context, name: str, client: Client) -> Iterator[dict[str, Any] | None]:
+    """Give the end of a log and what is added to it, until the job has ended; then the job."""
+    for text in ctx.jobs.follow_log(name):
+        client.check()
+        yield None if text is None else {"text": text}
+        if ctx.closing.is_set():
+            break
+    yield {"job": ctx.jobs.get(name).describe()}
+
+
+@routes.get(
+    "/api/jobs/<name>/log",
+    responses={
+        200: {
+            "description": "the end of the log, or with `follow` events until the job ends",
+            "content": {
+                "application/json": {"schema": Log.model_json_schema()},
+                "text/event-stream": {"schema": {"type": "string"}},
+            },
+        },
+        404: Error,
+    },
+)
+def job_log(path: NamePath, query: LogQuery) -> Response | dict[str, Any]:
+    """Return the end of a job's log, or follow it."""
+    ctx = context()
+    if not query.follow:
+        return {"log": ctx.jobs.log_tail(path.name)}
+    ctx.jobs.get(path.name)
+    ctx.streams.enter()
+    return sse.response(_follow(ctx, path.name, Client(request.environ)), ctx.streams.leave)
+
+
+@routes.get("/api/datasets", responses={200: Datasets})
+def datasets() -> dict[str, Any]:
+    """List the datasets."""
+    return {"datasets": [dataset.describe() for dataset in stored.datasets(context().workspace)]}
+
+
+@routes.post("/api/datasets", responses={200: Dataset, 409: Error, 413: Error, 422: Error})
+def upload_dataset(form: UploadForm) -> dict[str, Any]:
+    """Upload a dataset."""
+    ctx, file = context(), form.file
+    stream, limit = cast(BinaryIO, file.stream), ctx.settings.max_upload_bytes
+    return uploads.upload(ctx.workspace, request.form.get("name"), file.filename, stream, limit).describe()
+
+
+@routes.delete("/api/datasets/<name>", responses={200: Message, 404: Error, 409: Error})
+def delete_dataset(path: NamePath) -> dict[str, Any]:
+    """Delete a dataset."""
+    uploads.delete(context().workspace, path.name)
+    return {"message": f"Dataset {path.name} deleted"}
+
+
+@routes.post("/api/export", responses={200: Message, 404: Error, 409: Error, 422: Error, 503: Error})
+def export(body: ExportBody) -> dict[str, Any]:
+    """Write a trained model as a Hugging Face folder, which transformers loads with no other file."""
+    from storage import checkpoints, pretrained  # with torch, which this process has anyway when it serves
+
+    ctx = context()
+    path = body.model if body.model.startswith("out/") else f"out/{body.model}"
+    reference = resolve(ctx.workspace, model_path=path)
+    if reference.kind != "trained" or reference.path is None:
+        raise Refused(400, f"{body.model} is a Hugging Face folder already", param="model")
+    check_allowed(ctx.settings, reference)
+    loaded = checkpoints.load_model(reference, ctx.workspace)
+    folder = reference.path.parent / "export"
+    pretrained.export(loaded.model, loaded.tokenizer, folder)
+    return {"message": "Model exported", "path": str(folder.relative_to(ctx.workspace.root)), "model": reference.id}

@@ -1,0 +1,168 @@
+"""One parser for every JSON body: strict JSON, bounded, and refused with a sentence.
+
+`StrictRequest` is Flask's request with this parser in place of Flask's, so that every route and
+flask-openapi3 read bodies through it. Refused: other content types, compressed bodies, what is not
+UTF-8, top-level values other than an object, NaN and infinities, long integers, repeated keys, deep
+nesting, lone surrogates. An empty body is an empty object. It also knows whether the body has been
+read, because an error reply to an unread body must close the connection.
+"""
+
+import json
+import math
+from typing import IO, Any
+
+from flask import Request, Response, request
+from werkzeug.exceptions import BadRequest, HTTPException, RequestTimeout, UnsupportedMediaType
+from werkzeug.utils import cached_property
+from werkzeug.wsgi import get_input_stream
+
+DIGITS = 20  # of an integer
+DEPTH = 64  # of nested objects and lists
+
+
+def _refuse_constant(text: str) -> Any:
+    raise ValueError(f"{text} is not a JSON number")
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:30]} is too large a number")
+    return value
+
+
+def _int(text: str) -> int:
+    if len(text) > DIGITS:
+        raise ValueError(f"an integer has more than {DIGITS} digits")
+    return int(text)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        seen: set[str] = set()
+        name = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"the name {name[:60]!r} occurs twice in one object")
+    return value
+
+
+def _check(value: Any) -> None:
+    """Refuse deep nesting and lone surrogates, which no text and no file name can hold."""
+    level: list[Any] = [value]
+    for _ in range(DEPTH):
+        below: list[Any] = []
+        for item in level:
+            parts = [*item, *item.values()] if isinstance(item, dict) else item
+            for part in parts:
+                if type(part) is str:
+                    if not part.isascii() and _has_surrogate(part):
+                        raise ValueError("a text holds half of a surrogate pair")
+                elif type(part) is list or type(part) is dict:
+                    below.append(part)
+        if not below:
+            return
+        level = below
+    raise ValueError(f"objects and lists are nested more than {DEPTH} deep")
+
+
+def _has_surrogate(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def parse(data: bytes) -> dict[str, Any]:
+    """Return the JSON object in `data`. Raises ValueError with a sentence."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the body is not valid UTF-8 at byte {error.start}") from None
+    if not text or text.isspace():
+        return {}
+    try:
+        value = json.loads(
+            text, parse_constant=_refuse_constant, parse_float=_float, parse_int=_int, object_pairs_hook=_object
+        )
+    except RecursionError:
+        raise ValueError(f"objects and lists are nested more than {DEPTH} deep") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"the body is not valid JSON: {error.msg} at character {error.pos}") from None
+    if not isinstance(value, dict):
+        raise ValueError("the body must be a JSON object")
+    _check(value)
+    return value
+
+
+class _Body:
+    """A body's stream whose failures are the client's: its socket timed out or closed, or its chunks are damaged."""
+
+    def __init__(self, stream: IO[bytes]):
+        self._stream = stream
+
+    def read(self, size: int = -1) -> bytes:
+        try:
+            return self._stream.read(size)
+        except HTTPException:  # too large, or the client has gone
+            raise
+        except OSError:
+            raise RequestTimeout("the body did not come in time") from None
+        except Exception:  # the server's reader of chunks has error classes of its own
+            raise BadRequest("the body's transfer encoding is damaged") from None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class StrictRequest(Request):
+    """Flask's request with the strict parser."""
+
+    body_read = False  # the whole body has been taken from the socket
+    _json: dict[str, Any] | None = None
+
+    @cached_property
+    def stream(self) -> Any:
+        """Return the body's stream, limited to max_content_length."""
+        return _Body(get_input_stream(self.environ, max_content_length=self.max_content_length))
+
+    @property
+    def has_body(self) -> bool:
+        """Say whether the client sends a body."""
+        return bool(self.content_length) or "Transfer-Encoding" in self.headers
+
+    def get_json(self, force: bool = False, silent: bool = False, cache: bool = True) -> dict[str, Any]:
+        """Return the body's JSON object, {} for an empty body; raise 400, 408, 413 or 415, whatever the arguments."""
+        if self._json is None:
+            self._json = self._parsed()
+        return self._json
+
+    def _parsed(self) -> dict[str, Any]:
+        if not self.has_body:
+            return {}
+        if self.headers.get("Content-Encoding", "identity").lower() != "identity":
+            raise UnsupportedMediaType("Content-Encoding is not supported; send the body as it is")
+        if self.mimetype != "application/json":
+            raise UnsupportedMediaType("Content-Type must be application/json")
+        data = self._whole_body()
+        try:
+            return parse(data)
+        except ValueError as error:
+            raise BadRequest(str(error)) from None
+
+    def _whole_body(self) -> bytes:
+        data = self.get_data(cache=False)
+        self.body_read = True
+        return data
+
+    def _load_form_data(self) -> None:
+        super()._load_form_data()
+        self.body_read = True
+
+
+def close_if_unread(response: Response) -> Response:
+    """Have the connection closed after `response` if the request's body was not read: it may never come."""
+    close = request.environ.get("web.close_connection")
+    if close is not None and request.has_body and not request.body_read:  # type: ignore[attr-defined]
+        close()
+    return response

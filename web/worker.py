@@ -1,0 +1,209 @@
+"""The worker: gunicorn's threaded worker, with what it lacks for long streams and rude clients.
+
+    - A connection takes a thread when its first byte is there, not before: silent ones cost none.
+    - A socket has deadlines: a sender that stops is cut after READ_SECONDS, a reader after WRITE_SECONDS.
+    - A connection is closed without waiting on the loop that accepts the others.
+    - SIGTERM: refuse new connections at once, give running requests the drain time, end the others with 503.
+    - What is wrong before Flask sees it is answered in JSON, too.
+
+It knows the app as a WSGI function and three calls (`AppProcess`); gunicorn is pinned, since its inner
+methods are overridden here.
+"""
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import selectors
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, Protocol
+
+from gunicorn.http import errors as http
+from gunicorn.workers.gthread import TConn, ThreadWorker
+
+log = logging.getLogger(__name__)
+
+READ_SECONDS = 10
+WRITE_SECONDS = 30
+LINGER_SECONDS = 1.0  # for the client to take the reply and close, before we do
+LINGER_BYTES = 8 * 2**20
+CLOSE_CONNECTION = "web.close_connection"  # in the WSGI environment: call it to have the connection closed
+
+STATUS = {
+    http.LimitRequestLine: (414, "URI Too Long", "the request line is too long"),
+    http.LimitRequestHeaders: (431, "Request Header Fields Too Large", "the headers are too large or too many"),
+    http.ExpectationFailed: (417, "Expectation Failed", "this expectation is not supported"),
+    http.UnsupportedTransferCoding: (501, "Not Implemented", "this transfer coding is not supported"),
+}
+BAD_REQUEST = (400, "Bad Request", "this is not a valid HTTP request")
+FAILED = (500, "Internal Server Error", "internal error; the server's log has the details")
+
+
+class AppProcess(Protocol):
+    """What the worker asks of the application beside answering requests."""
+
+    def started(self, age: int) -> None:
+        """Begin to serve; `age` counts the workers of this server from 1."""
+        ...
+
+    def drain(self) -> None:
+        """Refuse new requests, end waiting ones, and return when running ones have ended or had their time."""
+        ...
+
+    def close(self) -> None:
+        """Stop what is left."""
+        ...
+
+
+class Connection(TConn):  # type: ignore[misc]
+    """A connection whose graceful close does not hold up the worker's loop."""
+
+    def __init__(self, worker: "Worker", sock: socket.socket, client: Any, server: Any):
+        super().__init__(worker.cfg, sock, client, server)
+        self.worker = worker
+        self.lingered = 0  # bytes thrown away while waiting for the client to close
+
+    def close(self, graceful: bool = False) -> None:
+        """Close; gracefully means to let the client read the reply first."""
+        if graceful:
+            self.worker.linger(self)
+        else:
+            super().close()
+
+
+def _set_deadlines(sock: socket.socket) -> None:
+    """Have the kernel end reads and writes that make no progress, also on a blocking socket."""
+    for option, seconds in ((socket.SO_RCVTIMEO, READ_SECONDS), (socket.SO_SNDTIMEO, WRITE_SECONDS)):
+        sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", seconds, 0))
+
+
+class Worker(ThreadWorker):  # type: ignore[misc]
+    """The one worker process."""
+
+    process: AppProcess  # set by `load_wsgi`
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.lingering: deque[Connection] = deque()
+
+    # --- starting and stopping ---
+
+    def init_signals(self) -> None:
+        """Leave Ctrl-C to the master, which tells this process what to do about it."""
+        super().init_signals()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def load_wsgi(self) -> None:
+        """Build the application and hand its environment the means to close a connection."""
+        super().load_wsgi()
+        app: Callable[..., Iterable[bytes]] = self.app.wsgi()
+        self.process = self.app.process
+
+        def wsgi(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+            environ[CLOSE_CONNECTION] = start_response.__self__.force_close
+            return app(environ, start_response)
+
+        self.wsgi = wsgi
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """Begin to drain on SIGTERM, on the loop's thread rather than in the signal handler."""
+        if self.alive:
+            self.method_queue.defer(self._begin_drain)
+        super().handle_exit(sig, frame)
+
+    def _begin_drain(self) -> None:
+        threading.Thread(target=self.process.drain, name="drain", daemon=True).start()
+
+    def set_accept_enabled(self, enabled: bool) -> None:
+        """Accept or not; when stopping, close the listening sockets, so that nobody waits in their queue."""
+        super().set_accept_enabled(enabled)
+        if not self.alive:
+            for listener in self.sockets:
+                listener.close()
+
+    # --- connections; all on the loop's thread ---
+
+    def accept(self, listener: Any) -> None:
+        """Take a connection and wait for its first byte."""
+        try:
+            sock, client = listener.accept()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                time.sleep(0.05)  # out of descriptors: others will end
+            return
+        self.nr_conns += 1
+        _set_deadlines(sock)
+        connection = Connection(self, sock, client, listener.getsockname())
+        connection.timeout = time.monotonic() + READ_SECONDS
+        self.pending_conns.append(connection)
+        self.poller.register(sock, selectors.EVENT_READ, partial(self.on_pending_socket_readable, connection))
+
+    def linger(self, connection: Connection) -> None:
+        """Send the end, then throw away what still comes until the client closes or its time is over."""
+        try:
+            connection.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            connection.close()
+            return
+        connection.sock.setblocking(False)
+        connection.timeout = time.monotonic() + LINGER_SECONDS
+        self.lingering.append(connection)
+        self.poller.register(connection.sock, selectors.EVENT_READ, partial(self._throw_away, connection))
+
+    def _throw_away(self, connection: Connection, sock: socket.socket) -> None:
+        try:
+            data = sock.recv(65536)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        connection.lingered += len(data)
+        if not data or connection.lingered > LINGER_BYTES:
+            self._end_linger(connection)
+
+    def _end_linger(self, connection: Connection) -> None:
+        self.lingering.remove(connection)
+        with contextlib.suppress(OSError, KeyError, ValueError):
+            self.poller.unregister(connection.sock)
+        connection.close()
+
+    def murder_pending(self) -> None:
+        """Close connections whose time is over: those that sent nothing, and those that linger."""
+        super().murder_pending()
+        now = time.monotonic()
+        while self.lingering and self.lingering[0].timeout <= now:
+            self._end_linger(self.lingering[0])
+
+    # --- errors before the application ---
+
+    def handle_error(self, req: Any, client: socket.socket, addr: Any, exc: BaseException) -> None:
+        """Answer what the application never saw, in JSON."""
+        status, reason, message = STATUS.get(type(exc), BAD_REQUEST)
+        if not isinstance(exc, http.ParseException):
+            status, reason, message = FAILED
+            log.error("a request failed outside the application", exc_info=exc)
+        body = json.dumps({"error": message}).encode()
+        head = f"HTTP/1.1 {status} {reason}\r\nConnection: close\r\nContent-Type: application/json\r\n"
+        with contextlib.suppress(OSError):
+            client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+
+
+def leave(worker: Worker) -> None:
+    """End the worker process: stop the application, then go without waiting for threads that wait for clients."""
+    if not worker.booted:
+        return
+    try:
+        worker.process.close()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
