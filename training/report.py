@@ -62,22 +62,18 @@ class Report:
             return
         if evaluation is not None:
             self.val_loss = evaluation["val_loss"]
-        iterations, spent = iter_num - self.since[0], max(seconds - self.since[1], 1e-9)
-        speed = iterations / spent  # iterations per second
         due = evaluation is not None or iter_num % self.log_interval == 0
-        if due or self.line.terminal:
-            self.line.show(
-                iter_num, update["loss"], self.val_loss, speed * self.work.tokens, self._left(iter_num, speed)
-            )
+        if not due and not self.line.terminal:
+            return
+        speed = (iter_num - self.since[0]) / max(seconds - self.since[1], 1e-9)  # iterations per second
+        tokens_per_second, left = speed * self.work.tokens, (self.max_iters - iter_num) / speed
+        self.line.show(iter_num, update["loss"], self.val_loss, tokens_per_second, left)
         if due:
-            row = {"iter_num": iter_num, **update, "tokens_per_second": speed * self.work.tokens}
+            row = {"iter_num": iter_num, **update, "tokens_per_second": tokens_per_second, "seconds_left": left}
             row |= {"mfu": None if self.peak is None else speed * self.work.flops / self.peak}
             row |= {"elapsed_seconds": seconds, "memory_bytes": memory, "time": time.time(), **(evaluation or {})}
             metrics.append(self.run.metrics, row)
             self.since = (iter_num, seconds)
-
-    def _left(self, iter_num: int, speed: float) -> float:
-        return (self.max_iters - iter_num) / speed if speed > 0 else 0.0
 
     def first(self, evaluation: dict[str, Any]) -> None:
         """Report the evaluation before the first iteration."""

@@ -10,6 +10,7 @@ from storage.errors import StorageError
 from storage.files import read_json, write_json
 from storage.runs import Run
 from training.config import ConfigError, TrainConfig
+from training.process import TRAINER, identify
 from training.trash import move_to_trash
 
 
@@ -46,6 +47,7 @@ def claim(run: Run, config: TrainConfig) -> Iterator[None]:
         _make_way(run, config)
     run.folder.mkdir(parents=True, exist_ok=True)
     with _locked(run.folder, run.relative):
+        write_json(run.folder / TRAINER, {} if (me := identify(os.getpid())) is None else me.to_json())
         run.result.unlink(missing_ok=True)
         if config.init_from != "resume":  # an earlier start that never came to a checkpoint
             run.metrics.unlink(missing_ok=True)

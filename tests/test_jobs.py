@@ -1,0 +1,432 @@
+"""The job manager: one job per folder, in order, found again after a restart, and never somebody else's process."""
+
+import json
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from storage.errors import BadName, NoSpace, NotFound, StorageError
+from storage.files import write_json
+from storage.runs import Workspace
+from training import jobs as jobs_module
+from training import log as job_log
+from training import metrics
+from training.config import ConfigError, TrainConfig
+from training.jobs import JobBusy, JobManager
+from training.lock_file import OutInUse, OutLock
+from training.process import TRAINER, ProcessIdentity, identify
+
+
+class FakeBackend:
+    """Trainers that are only names: they run until a test ends them. A full TrainingBackend."""
+
+    def __init__(self):
+        self.running: dict[ProcessIdentity, object] = {}
+        self.codes: dict[ProcessIdentity, int] = {}
+        self.started, self.asked, self.killed = [], [], []
+        self.changed, self.version, self.seen, self.deaf = threading.Condition(), 0, 0, False
+        self.error: OSError | None = None
+
+    def start(self, run, resume, downloads):
+        if self.error is not None:
+            raise self.error
+        identity = ProcessIdentity(1000 + len(self.started), 1, "fake")
+        self.running[identity] = run
+        self.started.append((run.name, resume, downloads))
+        return identity
+
+    def alive(self, identity):
+        return identity in self.running
+
+    def exit_code(self, identity):
+        return self.codes.pop(identity, None)
+
+    def terminate(self, identity):
+        self.asked.append(identity)
+        if not self.deaf:
+            self.end(self.running[identity].name, state="stopped", iter_num=3)
+
+    def kill(self, identity):
+        if identity in self.running:
+            self.killed.append(identity)
+            self._end(identity, -9)
+
+    def wait(self, identities, timeout):
+        with self.changed:
+            if all(identity in self.running for identity in identities):
+                self.changed.wait_for(lambda: self.version != self.seen, timeout)
+            self.seen = self.version
+
+    def wake(self):
+        with self.changed:
+            self.version += 1
+            self.changed.notify_all()
+
+    def _end(self, identity, code):
+        del self.running[identity]
+        self.codes[identity] = code
+        self.wake()
+
+    def end(self, name, code=0, **result):
+        identity = next(i for i, run in self.running.items() if run.name == name)
+        if result:
+            write_json(self.running[identity].result, {"exit_code": code, "error": None, **result})
+        self._end(identity, code)
+
+
+class Place:
+    """A workspace with a small dataset, and the managers made in it."""
+
+    def __init__(self, root: Path):
+        self.workspace, self.backend, self.managers = Workspace(root), FakeBackend(), []
+        (root / "data" / "text").mkdir(parents=True)
+        (root / "data" / "text" / "a.txt").write_text("to be or not to be\n" * 100)
+        (root / "out").mkdir()
+
+    def manager(self, **options) -> JobManager:
+        self.managers.append(JobManager(self.workspace, options.pop("backend", self.backend), **options))
+        return self.managers[-1]
+
+    def restart(self, **options) -> JobManager:
+        self.managers.pop().close()
+        return self.manager(**options)
+
+    def checkpoint(self, name: str) -> None:
+        self.workspace.run(name).checkpoint.write_bytes(b"weights")
+
+
+@pytest.fixture
+def place(tmp_path):
+    made = Place(tmp_path)
+    yield made
+    for manager in made.managers:
+        manager.close()
+
+
+def config(name="a", **fields) -> TrainConfig:
+    return TrainConfig.parse({"dataset": "text", "output_dir": f"out/{name}", "model_type": "nano"} | fields)
+
+
+def wait_for(manager: JobManager, name: str, state: str) -> dict:
+    deadline = time.monotonic() + 10
+    while manager.get(name).state != state:
+        assert time.monotonic() < deadline, f"{name} is {manager.get(name).state}, not {state}"
+        time.sleep(0.01)
+    return manager.get(name).describe()
+
+
+# ---- starting
+
+
+def test_a_job_starts_at_once_and_leaves_its_config_in_the_folder(place):
+    job = place.manager().create(config(max_iters=20)).describe()
+    assert (job["state"], job["process_id"], job["name"]) == ("running", 1000, "a")
+    saved = json.loads((place.workspace.run("a").config).read_text())
+    assert saved["max_iters"] == 20 and saved["output_dir"] == "out/a" and saved["n_layer"] == 4
+    assert job["config"] == saved and place.backend.started == [("a", False, False)]
+
+
+def test_more_jobs_than_max_jobs_wait_in_order(place):
+    manager = place.manager(max_jobs=2)
+    states = [manager.create(config(name)).describe() for name in "abcd"]
+    assert [s["state"] for s in states] == ["running", "running", "queued", "queued"]
+    assert [s["queue_position"] for s in states] == [None, None, 1, 2] and states[2]["process_id"] is None
+    assert manager.counts() == {"running": 2, "queued": 2}
+    place.backend.end("b", state="succeeded", iter_num=5)
+    wait_for(manager, "c", "running")
+    assert manager.get("d").describe()["queue_position"] == 1
+    assert [job.name for job in manager.list()] == ["a", "b", "c", "d"]
+
+
+def test_of_fifty_racing_requests_for_one_folder_exactly_one_wins(place):
+    manager = place.manager(max_jobs=4)
+
+    def create(_):
+        try:
+            return manager.create(config()).name
+        except JobBusy:
+            return None
+
+    with ThreadPoolExecutor(50) as pool:
+        results = list(pool.map(create, range(50)))
+    assert results.count("a") == 1 and len(place.backend.started) == 1
+
+
+def test_a_folder_with_a_model_is_refused_and_with_overwrite_kept_in_the_trash(place):
+    manager = place.manager()
+    (place.workspace.out / "a").mkdir()
+    place.checkpoint("a")
+    with pytest.raises(JobBusy, match="out/a holds a trained model: resume it"):
+        manager.create(config())
+    manager.create(config(overwrite=True))
+    (kept,) = (place.workspace.out / ".trash").iterdir()
+    assert (kept / "ckpt.pt").read_bytes() == b"weights" and not place.workspace.run("a").checkpoint.exists()
+
+
+def test_a_failed_start_is_a_failed_job_and_the_next_one_gets_its_turn(place):
+    manager = place.manager()
+    place.backend.error = OSError(12, "Cannot allocate memory")
+    job = manager.create(config()).describe()
+    assert job["state"] == "failed" and job["error"] == "the trainer could not be started: Cannot allocate memory"
+    place.backend.error = None
+    assert manager.create(config("b")).state == "running"
+    assert manager.create(config("a")).state == "queued", "a folder without weights may be used again"
+
+
+# ---- refusals
+
+
+REFUSED = {
+    "no such dataset": ({"dataset": "nowhere"}, NotFound),
+    "a path as output_dir": ({"output_dir": "out/../../x"}, BadName),
+    "a foreign model": ({"model_type": "evil/repo"}, ConfigError),
+    "resume by create": ({"init_from": "resume"}, ConfigError),
+    "a run that is not there": ({"init_from": "nowhere/best", "model_type": None}, NotFound),
+    "weights that are not here, offline": ({"model_type": "gpt2-xl"}, StorageError),
+    "too little text": ({"block_size": 10_000}, StorageError),
+}
+
+
+@pytest.mark.parametrize("fields, error", REFUSED.values(), ids=REFUSED)
+def test_what_cannot_work_is_refused_before_anything_is_written(place, fields, error, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(place.workspace.root / "hub"))
+    with pytest.raises(error):
+        place.manager().create(config(**fields))
+    assert [entry.name for entry in place.workspace.out.iterdir()] == [".lock"] and not place.backend.started
+
+
+def test_too_little_disk_space_is_refused_with_both_numbers(place, monkeypatch):
+    monkeypatch.setattr(jobs_module.disk_space, "needed", lambda config: 10**18)
+    with pytest.raises(NoSpace, match="MB are needed and the disk has"):
+        place.manager().create(config())
+
+
+def test_a_link_in_out_is_never_written_through(place, tmp_path):
+    (place.workspace.out / "a").symlink_to(tmp_path)
+    with pytest.raises(BadName, match="out/a is not a folder"):
+        place.manager().create(config())
+    assert not (tmp_path / "train_config.json").exists()
+
+
+def test_an_unknown_job_is_not_found_and_a_bad_name_is_refused(place):
+    manager = place.manager()
+    for method in (manager.get, manager.stop, manager.resume, manager.delete, manager.log_tail):
+        with pytest.raises(NotFound):
+            method("nothing")
+        with pytest.raises(BadName):
+            method("../etc")
+
+
+# ---- ending
+
+
+def test_a_job_ends_as_its_trainer_says(place):
+    manager = place.manager()
+    manager.create(config())
+    metrics.append(
+        place.workspace.run("a").metrics, {"iter_num": 10, "loss": 2.5, "val_loss": 2.6, "best_val_loss": 2.6}
+    )
+    place.backend.end("a", state="succeeded", iter_num=10, best_val_loss=2.6)
+    job = wait_for(manager, "a", "succeeded")
+    assert (job["iter_num"], job["loss"], job["best_val_loss"], job["error"]) == (10, 2.5, 2.6, None)
+    assert job["process_id"] is None and job["finished"] >= job["started"]
+
+
+def test_a_trainer_that_dies_fails_with_its_code_and_last_words(place):
+    manager = place.manager()
+    manager.create(config())
+    place.workspace.run("a").log.write_text("Traceback\nValueError: no good\n")
+    place.backend.end("a", code=3)
+    assert wait_for(manager, "a", "failed")["error"] == "exit code 3; its last words: Traceback\nValueError: no good"
+    manager.create(config("b"))
+    place.backend.end("b", code=-9)
+    assert "killed by SIGKILL, perhaps because memory ran out" in wait_for(manager, "b", "failed")["error"]
+
+
+def test_stop_asks_and_the_trainer_saves(place):
+    manager = place.manager()
+    manager.create(config())
+    manager.stop("a")
+    job = wait_for(manager, "a", "stopped")
+    assert job["iter_num"] == 3 and job["error"] is None and not place.backend.killed
+    assert manager.stop("a").state == "stopped", "an ended job stays as it is"
+
+
+def test_a_trainer_that_ignores_the_request_is_killed_after_the_grace(place):
+    manager = place.manager(grace=0.1)
+    manager.create(config())
+    place.backend.deaf = True
+    assert manager.stop("a").describe()["stopping"]
+    job = wait_for(manager, "a", "stopped")
+    assert "was killed" in job["error"] and len(place.backend.killed) == 1
+
+
+def test_a_waiting_job_leaves_the_queue_when_stopped_or_deleted(place):
+    manager = place.manager()
+    for name in "abc":
+        manager.create(config(name))
+    assert manager.stop("b").state == "stopped"
+    manager.delete("c")
+    place.backend.end("a", state="succeeded", iter_num=1)
+    wait_for(manager, "a", "succeeded")
+    assert place.backend.started == [("a", False, False)] and manager.counts() == {"running": 0, "queued": 0}
+
+
+def test_delete_refuses_a_running_job_and_moves_an_ended_one_to_the_trash(place):
+    manager = place.manager()
+    manager.create(config())
+    with pytest.raises(JobBusy, match="running; stop it first"):
+        manager.delete("a")
+    manager.stop("a")
+    wait_for(manager, "a", "stopped")
+    manager.delete("a")
+    assert list(manager.list()) == [] and len(list((place.workspace.out / ".trash").iterdir())) == 1
+    with pytest.raises(NotFound):
+        manager.get("a")
+
+
+# ---- resuming
+
+
+def stopped_job(place, manager, checkpoint=True):
+    manager.create(config(max_iters=20))
+    if checkpoint:
+        place.checkpoint("a")
+    manager.stop("a")
+    return wait_for(manager, "a", "stopped")
+
+
+def test_resume_goes_on_from_the_checkpoint_with_more_iterations(place):
+    manager = place.manager()
+    created = stopped_job(place, manager)["created"]
+    job = manager.resume("a", max_iters=50).describe()
+    assert job["state"] == "running" and job["max_iters"] == 50 and job["created"] == created
+    assert job["config"]["lr_decay_iters"] == 20, "the schedule stays the one the run began with"
+    assert place.backend.started[-1] == ("a", True, False)
+
+
+def test_resume_without_a_checkpoint_starts_again(place):
+    manager = place.manager()
+    stopped_job(place, manager, checkpoint=False)
+    manager.resume("a")
+    assert place.backend.started[-1] == ("a", False, False)
+
+
+def test_resume_refuses_a_running_job_and_one_that_has_nothing_left_to_do(place):
+    manager = place.manager()
+    manager.create(config(max_iters=20))
+    with pytest.raises(JobBusy):
+        manager.resume("a")
+    place.backend.end("a", state="succeeded", iter_num=20)
+    wait_for(manager, "a", "succeeded")
+    with pytest.raises(ConfigError, match="max_iters is 20; a has 20 iterations behind it"):
+        manager.resume("a")
+    with pytest.raises(ConfigError, match="max_iters is -1"):
+        manager.resume("a", max_iters=-1)
+
+
+# ---- restarts
+
+
+def test_a_restarted_server_finds_running_and_waiting_jobs_again(place):
+    manager = place.manager()
+    for name in "abc":
+        manager.create(config(name))
+    again = place.restart()
+    assert [again.get(name).state for name in "abc"] == ["running", "queued", "queued"]
+    assert [again.get(name).describe()["queue_position"] for name in "bc"] == [1, 2]
+    assert len(place.backend.started) == 1, "nothing runs twice"
+    place.backend.end("a", state="succeeded", iter_num=1)
+    wait_for(again, "b", "running")
+
+
+def test_a_job_that_ended_while_no_server_ran_gets_its_true_end(place):
+    manager = place.manager(max_jobs=2)
+    manager.create(config("a"))
+    manager.create(config("b"))
+    place.managers.pop().close()
+    place.backend.end("a", state="succeeded", iter_num=20)
+    place.backend.end("b")
+    place.backend.codes.clear()  # another server's children: nobody knows their exit codes
+    again = place.manager()
+    assert again.get("a").describe()["state"] == "succeeded"
+    lost = again.get("b").describe()
+    assert lost["state"] == "lost" and "without saying how" in lost["error"]
+
+
+def test_a_trainer_whose_start_was_never_recorded_is_adopted_and_not_started_twice(place):
+    manager = place.manager()
+    manager.create(config("a"))
+    manager.create(config("b"))
+    place.managers.pop().close()
+    me = identify(os.getpid())  # stands for the trainer of b, which holds its folder
+    write_json(place.workspace.run("b").folder / TRAINER, me.to_json())
+    place.backend.running[me] = place.workspace.run("b")
+    again = place.manager(max_jobs=2)
+    assert again.get("b").describe()["process_id"] == os.getpid() and len(place.backend.started) == 1
+
+
+def test_a_second_server_on_the_same_out_is_refused_by_name(place):
+    place.manager()
+    with pytest.raises(OutInUse, match=rf"out/.lock is held by another server, process {os.getpid()}"):
+        OutLock(place.workspace.out, patience=0.05)
+
+
+def test_a_run_trained_by_hand_is_a_job_too(place):
+    run = place.workspace.run("byhand")
+    run.folder.mkdir()
+    write_json(run.config, {"dataset": "text", "max_iters": 7})
+    write_json(run.result, {"state": "succeeded", "iter_num": 7, "exit_code": 0, "finished": 5.0, "error": None})
+    job = place.manager().get("byhand").describe()
+    assert (job["state"], job["iter_num"], job["finished"]) == ("succeeded", 7, 5.0)
+
+
+def test_damaged_files_in_a_run_do_not_break_the_list(place):
+    for name, content in {"x": b"{", "y": b"[1]", "z": b'{"state": "flying"}'}.items():
+        folder = place.workspace.out / name
+        folder.mkdir()
+        for file in ("status.json", "train_config.json", "result.json", "metrics.jsonl"):
+            (folder / file).write_bytes(content)
+    assert [job.describe()["state"] for job in place.manager().list()] == ["lost"] * 3
+
+
+# ---- logs
+
+
+def test_a_log_is_followed_until_the_job_ends(place):
+    manager = place.manager()
+    manager.create(config())
+    run = place.workspace.run("a")
+    run.log.write_bytes(b"first \xc3")
+    pieces = manager.follow_log("a", interval=0.01)
+    assert next(pieces) == "first " and next(pieces) is None
+    with open(run.log, "ab") as f:
+        f.write(b"\xa9nd\n")
+    assert next(piece for piece in pieces if piece) == "énd\n"
+    place.backend.end("a", state="succeeded", iter_num=1)
+    assert [piece for piece in pieces if piece] == []
+
+
+def test_the_tail_of_a_huge_log_is_small_and_quick(place):
+    path = place.workspace.root / "train.log"
+    with open(path, "wb") as f:
+        f.truncate(10 * 2**30)  # 10 GB, nearly all of it a hole
+        f.seek(-9, os.SEEK_END)
+        f.write(b"the end.\n")
+    began = time.monotonic()
+    text = job_log.tail(path)
+    assert text.endswith("the end.\n") and len(text) == 64 * 1024 and time.monotonic() - began < 0.2
+
+
+def test_a_log_over_its_limit_is_cut_under_its_writers_hands(place):
+    path = place.workspace.root / "train.log"
+    with open(path, "ab", buffering=0) as writer:
+        writer.write(b"x" * 3_000_000)
+        assert job_log.cap(path, limit=2_000_000) and not job_log.cap(path, limit=2_000_000)
+        writer.write(b"more\n")
+    data = path.read_bytes()
+    assert data.startswith(b"(earlier lines") and data.endswith(b"xmore\n") and len(data) < 1_100_000

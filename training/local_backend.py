@@ -1,0 +1,119 @@
+"""LocalBackend: trainers as processes of this machine, each in a session of its own.
+
+A trainer writes to train.log, never to a pipe, so nothing breaks when the server goes away. Its environment
+is made from a list of allowed names: no keys of the server reach it. It runs at low priority, and is the first
+that the system ends when memory runs out.
+"""
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from storage.runs import Run, Workspace
+from training.process import ProcessIdentity, identify, is_alive, opened, signal_session
+
+PROJECT = Path(__file__).resolve().parent.parent
+NAMES = {"PATH", "HOME", "LANG", "TMPDIR", "VIRTUAL_ENV", "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "HF_HOME"}
+NAMES |= {"HF_ENDPOINT", "TIKTOKEN_CACHE_DIR", "HTTPS_PROXY", "https_proxy", "NO_PROXY", "no_proxy", "SSL_CERT_FILE"}
+PREFIXES = ("LC_", "HF_HUB_", "TORCH", "OMP_", "MKL_")
+NICE = 10
+OOM_SCORE = 500  # of 1000; the server keeps 0
+
+
+def environment(of: Mapping[str, str], downloads: bool) -> dict[str, str]:
+    """Return the part of an environment that a trainer gets; the hub's token only if it `downloads` weights."""
+    kept = {name: value for name, value in of.items() if name in NAMES or name.startswith(PREFIXES)}
+    kept = {name: value for name, value in kept.items() if not name.endswith(("TOKEN", "KEY", "SECRET"))}
+    if downloads and "HF_TOKEN" in of:
+        kept["HF_TOKEN"] = of["HF_TOKEN"]
+    return kept | {"PYTHONUNBUFFERED": "1"}
+
+
+def _yield_to_the_server(pid: int) -> None:
+    """Lower the priority of a process; where the system forbids it, it runs as it is."""
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, pid, NICE)
+    with contextlib.suppress(OSError):
+        Path(f"/proc/{pid}/oom_score_adj").write_text(str(OOM_SCORE))
+
+
+class LocalBackend:
+    """Trainers on this machine. Satisfies TrainingBackend; `wait` belongs to one thread, the rest to any."""
+
+    def __init__(self, workspace: Workspace, python: str = sys.executable, script: Path = PROJECT / "train.py"):
+        self._workspace, self._program = workspace, [python, str(script)]
+        self._children: dict[ProcessIdentity, subprocess.Popen[bytes]] = {}
+        self._awake, self._alarm = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+
+    def _argv(self, run: Run, resume: bool) -> list[str]:
+        argv = [*self._program, "--config", str(run.config), "--root", str(self._workspace.root)]
+        if self._workspace.pretrained_dir is not None:
+            argv += ["--pretrained_dir", str(self._workspace.pretrained_dir)]
+        return argv + (["--init_from", "resume"] if resume else [])
+
+    def start(self, run: Run, resume: bool, downloads: bool) -> ProcessIdentity:
+        """Start train.py for the run; its output is appended to the run's log. Raises OSError."""
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        with open(os.open(run.log, flags, 0o644), "ab") as log:
+            child = subprocess.Popen(
+                self._argv(run, resume),
+                cwd=PROJECT,
+                env=environment(os.environ, downloads),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        _yield_to_the_server(child.pid)
+        identity = identify(child.pid)
+        if identity is None:  # it has ended already, and still waits for us: its number cannot be anyone else's
+            identity = ProcessIdentity(child.pid, 0, "")
+        self._children[identity] = child
+        return identity
+
+    def alive(self, identity: ProcessIdentity) -> bool:
+        """Say whether this very process is running, and take leave of it if it was ours and has ended."""
+        child = self._children.get(identity)
+        return is_alive(identity) if child is None else child.poll() is None
+
+    def exit_code(self, identity: ProcessIdentity) -> int | None:
+        """Return, once, the exit code of a process that this server started and that has ended, else None."""
+        child = self._children.get(identity)
+        code = None if child is None else child.poll()
+        if code is not None:
+            self._children.pop(identity, None)
+        return code
+
+    def terminate(self, identity: ProcessIdentity) -> None:
+        """Send SIGTERM to the processes of the trainer's session."""
+        signal_session(identity, signal.SIGTERM)
+
+    def kill(self, identity: ProcessIdentity) -> None:
+        """Send SIGKILL to the processes of the trainer's session, until there is none."""
+        for _ in range(10):  # a process may fork while it is looked for
+            if signal_session(identity, signal.SIGKILL) == 0:
+                return
+
+    def wait(self, identities: Collection[ProcessIdentity], timeout: float | None) -> None:
+        """Return when one of the processes has ended, after `wake`, or after `timeout` seconds; never busy."""
+        with contextlib.ExitStack() as stack:
+            poll = select.poll()
+            poll.register(self._awake, select.POLLIN)
+            for identity in identities:
+                descriptor = stack.enter_context(opened(identity.pid))
+                if descriptor is None or not self.alive(identity):
+                    return
+                poll.register(descriptor, select.POLLIN)
+            poll.poll(None if timeout is None else max(0, timeout) * 1000)
+            with contextlib.suppress(BlockingIOError):
+                os.read(self._awake, 4096)
+
+    def wake(self) -> None:
+        """Let `wait` return now."""
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._alarm, b"!")

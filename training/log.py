@@ -1,0 +1,81 @@
+"""train.log: what a trainer prints, read in bounded pieces however large it is, and kept from growing for ever."""
+
+import codecs
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from storage.errors import NotFound
+from storage.files import open_descriptor
+
+TAIL_BYTES = 64 * 1024
+CAP_BYTES, KEPT_BYTES = 50 * 2**20, 2**20
+
+
+def _read(path: Path, start: int, limit: int) -> tuple[bytes, int]:
+    """Return up to `limit` bytes from `start`, and where they end; from the beginning if the log was cut since."""
+    try:
+        descriptor = open_descriptor(path)
+    except NotFound:  # nothing has been printed yet
+        return b"", 0
+    with open(descriptor, "rb", buffering=0) as f:
+        size = f.seek(0, os.SEEK_END)
+        if start > size:
+            start = 0
+        f.seek(start)
+        data = f.read(limit)
+    return data, start + len(data)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.lstat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def tail(path: Path, limit: int = TAIL_BYTES) -> str:
+    """Return the end of the log, at most `limit` bytes of it; "" if there is none."""
+    return _read(path, max(0, _size(path) - limit), limit)[0].decode("utf-8", "replace")
+
+
+def last_lines(path: Path, lines: int = 5, limit: int = 2000) -> str:
+    """Return the last lines that say something, for a sentence about what went wrong."""
+    said = [line.strip() for line in tail(path, limit).splitlines()]
+    return "\n".join([line for line in said if line][-lines:])
+
+
+def follow(path: Path, running: Callable[[], bool], interval: float = 0.5) -> Iterator[str | None]:
+    """Give the end of the log and then what is added to it, until the job has ended and all is read.
+
+    None stands for an interval in which nothing was added: the moment to see whether the reader is still there.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    position = max(0, _size(path) - TAIL_BYTES)
+    while True:
+        active = running()  # before the reading, so that the last words of a job are read
+        data, position = _read(path, position, TAIL_BYTES)
+        if text := decoder.decode(data):
+            yield text
+        elif not active:
+            return
+        else:
+            yield None
+            time.sleep(interval)
+
+
+def cap(path: Path, limit: int = CAP_BYTES) -> bool:
+    """Cut a log that has grown over `limit` to its last megabyte, under its writer's hands; say whether it was cut.
+
+    The writer appends, so it goes on at the new end. What it prints during the cut may be lost.
+    """
+    if _size(path) <= limit:
+        return False
+    data, _ = _read(path, _size(path) - KEPT_BYTES, KEPT_BYTES)
+    with contextlib.suppress(FileNotFoundError), open(path, "r+b") as f:
+        f.truncate(0)
+        f.write(b"(earlier lines were removed: the log was over its limit)\n" + data)
+        return True
+    return False
