@@ -1,0 +1,145 @@
+"""Trainers as processes of this machine: a session of their own, no keys, no strangers hit, no zombies left."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from storage.runs import Run, Workspace
+from training.local_backend import LocalBackend, environment
+from training.process import ProcessIdentity, boot_id, identify, is_alive, session, signal_session
+
+TRAINER = """
+import os, signal, sys, time
+print("argv", sys.argv[1:], flush=True)
+print("env", sorted(os.environ), flush=True)
+print("session", os.getsid(0) == os.getpid(), "nice", os.nice(0), flush=True)
+{body}
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    made = Workspace(tmp_path).run("a")
+    made.folder.mkdir(parents=True)
+    return made
+
+
+def backend(run: Run, body: str) -> LocalBackend:
+    script = run.folder / "train.py"
+    script.write_text(TRAINER.format(body=body))
+    return LocalBackend(Workspace(run.folder.parent.parent), script=script)
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def ended(trainers: LocalBackend, identity: ProcessIdentity) -> int | None:
+    while trainers.alive(identity):
+        trainers.wait([identity], 10)
+    return trainers.exit_code(identity)
+
+
+def test_a_trainer_runs_in_its_own_session_at_low_priority_and_writes_to_its_log(run):
+    trainers = backend(run, "sys.exit(7)")
+    identity = trainers.start(run, resume=True, downloads=False)
+    assert ended(trainers, identity) == 7 and trainers.exit_code(identity) is None
+    log = run.log.read_text()
+    assert "session True" in log and f"nice {os.nice(0)}" not in log
+    assert str(run.config) in log and "'--init_from', 'resume'" in log
+
+
+def test_the_environment_holds_no_keys():
+    server = {"PATH": "/bin", "LM_SERVER_API_KEY": "k", "HF_TOKEN": "t", "AWS_SECRET": "s", "PYTHONPATH": "/x"}
+    server |= {"LD_PRELOAD": "x.so", "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1", "HF_HUB_TOKEN": "t"}
+    plain = {"PATH": "/bin", "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    assert environment(server, downloads=False) == plain
+    assert environment(server, downloads=True) == plain | {"HF_TOKEN": "t"}
+
+
+def test_terminate_reaches_the_trainer_and_wait_returns_when_it_has_ended(run):
+    trainers = backend(
+        run, "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); print('up', flush=True); signal.pause()"
+    )
+    identity = trainers.start(run, resume=False, downloads=False)
+    wait_until(lambda: "up" in run.log.read_text())
+    trainers.terminate(identity)
+    assert ended(trainers, identity) == 0 and not Path(f"/proc/{identity.pid}").exists(), "no zombie"
+
+
+DEAF = """
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if os.fork() == 0: print("child", os.getpid(), flush=True)
+else: print("up", flush=True)
+signal.pause()
+"""
+
+
+def test_kill_ends_a_deaf_trainer_and_the_children_it_forked(run):
+    trainers = backend(run, DEAF)
+    identity = trainers.start(run, resume=False, downloads=False)
+    wait_until(lambda: "child" in run.log.read_text() and "up" in run.log.read_text())
+    trainers.terminate(identity)
+    assert len(session(identity)) == 2
+    trainers.kill(identity)
+    assert ended(trainers, identity) == -signal.SIGKILL and session(identity) == []
+
+
+def test_a_trainer_of_another_server_is_recognised_and_waited_for(run):
+    first = backend(run, "signal.pause()")
+    identity = first.start(run, resume=False, downloads=False)
+    second = backend(run, "")  # after a restart: not its child
+    assert second.alive(identity) and second.exit_code(identity) is None
+    first.kill(identity)
+    second.wait([identity], 10)
+    assert not second.alive(identity) and ended(first, identity) == -signal.SIGKILL
+
+
+def test_a_reused_pid_is_neither_alive_nor_ever_signalled():
+    stranger = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"], start_new_session=True)
+    try:
+        now = identify(stranger.pid)
+        before = ProcessIdentity(now.pid, now.start_time - 5000, now.boot_id)  # who had the number earlier
+        other_boot = ProcessIdentity(now.pid, now.start_time, "another boot")
+        for identity in (before, other_boot):
+            assert not is_alive(identity) and signal_session(identity, signal.SIGKILL) == 0
+        assert is_alive(now) and stranger.poll() is None
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
+def test_an_identity_survives_json_and_nonsense_is_none():
+    me = identify(os.getpid())
+    assert ProcessIdentity.from_json(me.to_json()) == me and me.boot_id == boot_id()
+    for nonsense in (
+        None,
+        [],
+        {},
+        {"pid": 1, "start_time": 1, "boot_id": ""},
+        {"pid": True, "start_time": 1, "boot_id": ""},
+    ):
+        assert ProcessIdentity.from_json(nonsense) is None
+
+
+def test_wake_ends_a_wait_even_if_it_came_first(run):
+    trainers = backend(run, "")
+    trainers.wake()
+    began = time.monotonic()
+    trainers.wait([], 10)
+    assert time.monotonic() - began < 5
+
+
+def test_a_log_that_is_a_link_is_not_written_through(run, tmp_path):
+    run.log.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError):
+        backend(run, "").start(run, resume=False, downloads=False)
+    assert not (tmp_path / "elsewhere").exists()
