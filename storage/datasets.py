@@ -17,6 +17,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from storage import tokenizer as tokenizers
@@ -203,24 +204,29 @@ class Dataset:
 
     def collect(self, progress: Progress = ignore) -> None:
         """Run the folder's prepare.py if there is neither text nor tokens yet; its output goes where ours goes."""
-        if self.sources() or self.has_tokens():
+        if self._is_collected():
             return
         if not self._is_script():
             raise self._nothing()
         with self._locked(progress):
-            if not self.sources() and not self.has_tokens():
+            if not self._is_collected():
                 self._run_script(progress)
+
+    def _is_collected(self) -> bool:
+        """Say whether there is text or tokens; one token file alone is what a stopped script left."""
+        return bool(self.sources()) or (all if self._is_script() else any)(map(self._has, NANOGPT_FILES))
 
     def _run_script(self, progress: Progress) -> None:
         progress(f"running data/{self.name}/prepare.py", 0, 0)
         sys.stdout.flush()
         argv = [sys.executable, "-u", str(self.folder / "prepare.py")]
-        code = subprocess.run(argv, stdin=subprocess.DEVNULL, check=False).returncode
+        env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}  # scripts import storage
+        code = subprocess.run(argv, stdin=subprocess.DEVNULL, env=env, check=False).returncode
         if code != 0:
             raise self.refuse(
                 f"could not be fetched: its prepare.py ended with code {code}, for the reason given above"
             )
-        if not self.sources() and not self.has_tokens():
+        if not self._is_collected():
             raise self.refuse("has neither text nor tokens after its prepare.py")
 
     def prepare(self, tokenizer: Tokenizer, progress: Progress = ignore) -> Splits:
