@@ -12,6 +12,7 @@ SMALL: dict[str, Any] = {
     "schedule": "linear",
     "weight_decay": 0.1,
     "eval_iters": 20,
+    "tokenizer": "auto",
 }
 LARGE: dict[str, Any] = {
     "bias": True,
@@ -19,6 +20,7 @@ LARGE: dict[str, Any] = {
     "batch_size": 8,
     "gradient_accumulation_steps": 16,
     "eval_iters": 20,
+    "tokenizer": "auto",
 }
 LARGE |= {"optimizer": "adamw", "schedule": "cosine", "learning_rate": 6e-4, "weight_decay": 0.1}
 LARGE |= {"max_iters": 20_000, "warmup_iters": 500, "eval_interval": 500, "tokenizer": "gpt2"}
