@@ -254,7 +254,7 @@ class Dataset:
     def training_text(self, limit_bytes: int | None = None, progress: Progress = ignore) -> str:
         """Return the text to make a vocabulary of, fetching it if it must; with a limit, parts from all over it.
 
-        A line end follows each document. Raises NotLoadable for a dataset that has only token files.
+        A line end stands between documents. Raises NotLoadable for a dataset that has only token files.
         """
         self.collect(progress)
         files = self.sources()
@@ -262,8 +262,12 @@ class Dataset:
             raise self.refuse("has token files and no text to make a vocabulary of")
         size = sum(source.size for source in files)
         step = 1 if limit_bytes is None else max(1, -(-size // limit_bytes))
-        chosen = itertools.islice(pieces(self.folder, files), 0, None, step)
-        return "".join(text + "\n" if ends else text for text, ends in chosen)
+        found: list[str] = []
+        between = ""
+        for text, ends in itertools.islice(pieces(self.folder, files), 0, None, step):
+            found += (between, text)
+            between = "\n" if ends else ""
+        return "".join(found)
 
 
 # ---- the folder of datasets

@@ -132,12 +132,12 @@ def _decoded(f: BinaryIO, name: str) -> Iterator[str]:
         waiting = len(utf8.getstate()[0])  # bytes of a character that the last read cut in two
         if consumed == 0 and (kind := next((BINARY[m] for m in BINARY if data.startswith(m)), None)) is not None:
             raise NotLoadable(f"{name} is {kind}, not text")
-        if b"\0" in data:
-            raise NotLoadable(f"{name} is not text: it has a NUL byte at byte {consumed + data.index(0)}")
         try:
             text = utf8.decode(data, final=not data)
         except UnicodeDecodeError as e:
             raise NotLoadable(f"{name} is not UTF-8 text at byte {consumed - waiting + e.start}") from None
+        if b"\0" in data:
+            raise NotLoadable(f"{name} is not text: it has a NUL byte at byte {consumed + data.index(0)}")
         yield text.removeprefix("\ufeff") if consumed == 0 else text
         consumed += len(data)
         if not data:
@@ -159,7 +159,7 @@ def _txt_pieces(f: BinaryIO, name: str) -> Iterator[tuple[str, bool]]:
 def pieces(folder: Path, files: Sequence[Source]) -> Iterator[tuple[str, bool]]:
     """Give the documents of a folder's `files` in order, as (piece of text, whether the document ends with it)."""
     for source in files:
-        with open(open_regular(folder, [source.name]), "rb", buffering=READ_BYTES) as f:
+        with open(open_regular(folder, [source.name]), "rb") as f:
             if source.name.endswith(".jsonl"):
                 for text in _jsonl_documents(f, source.name):
                     yield text, True
