@@ -133,6 +133,11 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+def embedding(rows: int, width: int) -> nn.Embedding:
+    """Return an embedding whose weight is still unset; torch's own draws random numbers that GPT draws again."""
+    return nn.Embedding(rows, width, _weight=torch.empty(rows, width))
+
+
 class GPT(nn.Module):
     """A GPT-2 model. Parameter names are nanoGPT's, which are GPT-2's: wte, wpe, h, ln_f, lm_head."""
 
@@ -141,8 +146,8 @@ class GPT(nn.Module):
         self.config = config
         self.transformer = nn.ModuleDict(
             {
-                "wte": nn.Embedding(config.vocab_size, config.n_embd),
-                "wpe": nn.Embedding(config.block_size, config.n_embd),
+                "wte": embedding(config.vocab_size, config.n_embd),
+                "wpe": embedding(config.block_size, config.n_embd),
                 "drop": nn.Dropout(config.dropout),
                 "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
                 "ln_f": LayerNorm(config.n_embd, config.bias),
@@ -151,7 +156,8 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
             self.lm_head.weight = self.transformer["wte"].weight
-        self.reset_parameters()
+        if not self.lm_head.weight.is_meta:  # a meta model has no numbers yet: it is about to be given some
+            self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

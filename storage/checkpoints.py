@@ -42,14 +42,19 @@ def _ignore(_: str) -> None:
 
 
 class _HashedFile:
-    """A file that takes the sha256 of what is written to it."""
+    """A file that takes the sha256 of what is written to it, and remembers why writing failed."""
 
     def __init__(self, f: BinaryIO):
         self._f, self._sha256 = f, hashlib.sha256()
+        self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
         self._sha256.update(data)
-        return self._f.write(data)
+        try:
+            return self._f.write(data)
+        except OSError as e:
+            self.error = e
+            raise
 
     def flush(self) -> None:
         self._f.flush()
@@ -111,7 +116,10 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
     def write(f: BinaryIO) -> None:
         hashed.append(_HashedFile(f))
-        torch.save(state, hashed[0])  # type: ignore[arg-type]
+        try:
+            torch.save(state, hashed[0])  # type: ignore[arg-type]
+        except RuntimeError as e:  # what torch makes of a full disk
+            raise hashed[0].error or e from None
 
     def prove(temporary: Path) -> None:
         inspection = inspect_checkpoint(temporary, path.name)
