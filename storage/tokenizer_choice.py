@@ -13,7 +13,7 @@ from storage.token_files import Progress
 from storage.tokenizer import Tokenizer
 
 AUTO_VOCAB, SAMPLE_BYTES = 1024, 8_000_000
-MIN_BPE_VOCAB, MAX_BPE_VOCAB = 257, 100_000
+MIN_BPE_VOCAB, MAX_BPE_VOCAB = 257, 65_536
 MAX_CHARACTERS = 1024
 
 
