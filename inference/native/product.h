@@ -7,6 +7,7 @@
 // The order of additions of an output is the same in every tile: a row's result never depends on the other rows.
 #pragma once
 #include <algorithm>
+#include <type_traits>
 
 #include "vector.h"
 
@@ -130,49 +131,62 @@ template <int KIND> void write_line(const Input &in, long i, const float *x) {
 }
 
 // ---- kernels -----------------------------------------------------------------------------------------------------
-// sum[r] += a panel's 32 rows times line r, for the R lines of a tile
-template <int KIND, int R> inline void multiply(const char *w, long steps, const int32_t *a, __m512i (&sum)[R][2]) {
-    for (long i = 0; i < steps; i++, w += 128, a += R * words(KIND)) {
-        _mm_prefetch(w + AHEAD, _MM_HINT_T0);
-        _mm_prefetch(w + AHEAD + 64, _MM_HINT_T0);
-        const __m512i v[2] = {_mm512_load_si512(w), _mm512_load_si512(w + 64)};
-        for (int g = 0; g < words(KIND); g++)
-            for (int h = 0; h < 2; h++) {
-                Vec f = (Vec)v[h];  // the g-th of a group, widened
-                if (KIND == BF16 && !BF16_PAIRS)
-                    f = (Vec)(g ? _mm512_and_si512(v[h], _mm512_set1_epi32(0xffff0000)) : _mm512_slli_epi32(v[h], 16));
-                if (KIND == INT8 && !INT8_QUADS)
-                    f = _mm512_cvtepi32_ps(_mm512_sub_epi32(
-                        _mm512_and_si512(_mm512_srli_epi32(v[h], 8 * g), _mm512_set1_epi32(255)), _mm512_set1_epi32(128)));
-#pragma GCC unroll 12
-                for (int r = 0; r < R; r++) {
-                    const __m512i x = _mm512_set1_epi32(a[g * R + r]);
-#ifdef __AVX512BF16__
-                    if constexpr (KIND == BF16) sum[r][h] = (__m512i)_mm512_dpbf16_ps((Vec)sum[r][h], (__m512bh)v[h], (__m512bh)x);
-                    else
-#endif
-#ifdef __AVX512VNNI__
-                    if constexpr (KIND == INT8) sum[r][h] = _mm512_dpbusd_epi32(sum[r][h], v[h], x);
-                    else
-#endif
-                    sum[r][h] = (__m512i)_mm512_fmadd_ps(f, (Vec)x, (Vec)sum[r][h]);
-                }
-            }
-    }
+// The g-th of a group of weights as floats, for processors that do not multiply the kind as it is stored.
+template <int KIND> inline Vec widen(__m512i v, int g) {
+    if (KIND == F32) return (Vec)v;
+    if (KIND == BF16) return (Vec)(g ? _mm512_and_si512(v, _mm512_set1_epi32(0xffff0000)) : _mm512_slli_epi32(v, 16));
+    const __m512i byte = _mm512_and_si512(_mm512_srli_epi32(v, 8 * g), _mm512_set1_epi32(255));
+    return _mm512_cvtepi32_ps(_mm512_sub_epi32(byte, _mm512_set1_epi32(128)));
 }
 
+// sum + weights times inputs, in each of 16 lanes. A sum keeps the type that its instruction gives: with any other, gcc 12
+// copies it in every turn, at up to three times the cost.
+typedef int32_t Ints __attribute__((vector_size(64)));
+inline Vec add_product(Vec sum, Vec w, __m512i x) { return _mm512_fmadd_ps(w, (Vec)x, sum); }
+#ifdef __AVX512BF16__
+inline Vec add_product(Vec sum, __m512i w, __m512i x) { return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x); }
+#endif
 #ifdef __AVX512VNNI__
-// out = what the integer sums of line i stand for, with its far values
-inline void rescale(const char *w, const Input &in, long i, const __m512i (&sum)[2], Vec (&out)[2]) {
-    __m512i far[2] = {_mm512_set1_epi32(-in.far_offset[i]), _mm512_set1_epi32(-in.far_offset[i])};
+inline Ints add_product(Ints sum, __m512i w, __m512i x) { return (Ints)_mm512_dpbusd_epi32((__m512i)sum, w, x); }
+#endif
+template <int KIND> using Sum = std::conditional_t<KIND == INT8 && INT8_QUADS, Ints, Vec>;
+
+// result[r] = a panel's 32 rows times line r, for the R lines of a tile
+template <int KIND, int R> inline void multiply(const char *w, long steps, const int32_t *a, Sum<KIND> (&result)[R][2]) {
+    Sum<KIND> sum[R][2];  // its own, so that it stays in registers
+    for (auto &s : sum) s[0] = s[1] = Sum<KIND>{};
+    const auto add = [&](auto low, auto high) {
+#pragma GCC unroll 12
+        for (int r = 0; r < R; r++) {
+            const __m512i x = _mm512_set1_epi32(a[r]);
+            sum[r][0] = add_product(sum[r][0], low, x);
+            sum[r][1] = add_product(sum[r][1], high, x);
+        }
+        a += R;
+    };
+    for (long i = 0; i < steps; i++, w += 128) {
+        _mm_prefetch(w + AHEAD, _MM_HINT_T0);
+        _mm_prefetch(w + AHEAD + 64, _MM_HINT_T0);
+        const __m512i low = _mm512_load_si512(w), high = _mm512_load_si512(w + 64);
+        if constexpr (narrow(KIND)) add(low, high);
+        else
+            for (int g = 0; g < words(KIND); g++) add(widen<KIND>(low, g), widen<KIND>(high, g));
+    }
+    for (int r = 0; r < R; r++) result[r][0] = sum[r][0], result[r][1] = sum[r][1];
+}
+
+// out = what the sums of line i stand for: in int8 with its scale and far values
+inline void finish(const char *, const Input &, long, const Vec (&sum)[2], Vec (&out)[2]) { out[0] = sum[0], out[1] = sum[1]; }
+#ifdef __AVX512VNNI__
+inline void finish(const char *w, const Input &in, long i, const Ints (&sum)[2], Vec (&out)[2]) {
+    Ints far[2] = {Ints{} - in.far_offset[i], Ints{} - in.far_offset[i]};
     const Far *f = in.far_of(i);
     for (long n = in.far_count[i]; n > 0; n--, f++)
         for (int h = 0; h < 2; h++)
-            far[h] = _mm512_dpbusd_epi32(far[h], _mm512_load_si512(w + f->step * 128L + 64 * h), _mm512_set1_epi32(f->digits));
+            far[h] = add_product(far[h], _mm512_load_si512(w + f->step * 128L + 64 * h), _mm512_set1_epi32(f->digits));
     for (int h = 0; h < 2; h++) {
-        const __m512i near = _mm512_sub_epi32(sum[h], _mm512_set1_epi32(in.offset[i]));
-        out[h] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(far[h]), all(in.far_scale[i]),
-                                 _mm512_mul_ps(_mm512_cvtepi32_ps(near), all(in.scale[i])));
+        const Vec near = _mm512_cvtepi32_ps((__m512i)(sum[h] - in.offset[i])), apart = _mm512_cvtepi32_ps((__m512i)far[h]);
+        out[h] = _mm512_fmadd_ps(apart, all(in.far_scale[i]), _mm512_mul_ps(near, all(in.scale[i])));
     }
 }
 #endif
@@ -181,14 +195,11 @@ inline void rescale(const char *w, const Input &in, long i, const __m512i (&sum)
 template <int KIND, int R>
 void tile(const Matrix &m, const Input &in, long first, long panel, float *out, long stride, Then then) {
     const char *w = m.panel<KIND>(panel);
-    __m512i sum[R][2];
-    for (auto &s : sum) s[0] = s[1] = _mm512_setzero_si512();
+    Sum<KIND> sum[R][2];
     multiply<KIND, R>(w, m.width / group(KIND), in.line<KIND>(first), sum);
     for (int r = 0; r < R; r++) {
-        Vec v[2] = {(Vec)sum[r][0], (Vec)sum[r][1]};
-#ifdef __AVX512VNNI__
-        if constexpr (KIND == INT8) rescale(w, in, first + r, sum[r], v);
-#endif
+        Vec v[2];
+        finish(w, in, first + r, sum[r], v);
         for (int h = 0; h < 2; h++) {
             const long n = panel * PANEL + 16 * h;
             float *to = out + (first + r) * stride + n;
