@@ -21,7 +21,7 @@ except ModuleNotFoundError:  # the first mistake of many: a Python without the p
     sys.exit("click is not installed for this Python; after `make setup` use .venv/bin/python api_client.py")
 
 from client.api import DEFAULT_URL, ApiClient, ApiError, Reply
-from client.follow import INTERRUPTED, follow
+from client.follow import INTERRUPTED, follow, standing
 from client.options import SAMPLING, TRAINING, given, job_name, options, parse_settings, read_prompt
 from client.view import advise, note, print_reply, raw, say
 
@@ -172,7 +172,11 @@ def generate(client: ApiClient, prompt: str, max_tokens: int | None, no_stream: 
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other setting; the value as JSON.")
 @click.option("--follow", "live", is_flag=True, help="Watch the job until it ends.")
 def train(client: ApiClient, settings: tuple[str, ...], live: bool, **config: Any) -> None:
-    """Train a model in a job of the server, which needs neither this terminal nor, once started, the server."""
+    """Train a model in a job of the server.
+
+    Once started, the job needs neither this terminal nor the server. What is left out comes from the preset or,
+    for a model to fine-tune, from settings that suit it.
+    """
     body, other = given(config), parse_settings(settings)
     if twice := sorted(body.keys() & other.keys()):
         raise click.UsageError(f"{twice[0]} is given twice: as an option and by --set")
@@ -227,7 +231,7 @@ def log(client: ApiClient, name: str, live: bool) -> None:
     """Show the last lines that a job has printed."""
     if not live:
         reply = client.log(name)
-        return print_reply(reply) if raw() else say(reply["log"], nl=False)
+        return print_reply(reply) if raw() else say(reply["log"].removesuffix("\n"))
     try:
         for event in client.log_events(name):
             click.echo(json.dumps(event)) if raw() else say(event.get("text", ""), nl=False)
@@ -235,11 +239,15 @@ def log(client: ApiClient, name: str, live: bool) -> None:
         raise click.exceptions.Exit(INTERRUPTED) from None
 
 
+def print_standing(job: Reply) -> None:
+    print_reply(job) if raw() else say(standing(job))
+
+
 @command(jobs, "stop")
 @name_argument
 def stop(client: ApiClient, name: str) -> None:
     """Stop a job after it has saved a checkpoint."""
-    print_reply(client.stop(name))
+    print_standing(client.stop(name))
     advise(client, resume=f"jobs resume {name}")
 
 
@@ -248,7 +256,7 @@ def stop(client: ApiClient, name: str) -> None:
 @click.option("--max_iters", type=int, help="Go on to this iteration; else to the one it was started for.")
 def resume(client: ApiClient, name: str, max_iters: int | None) -> None:
     """Go on with a job that has ended, from its last checkpoint."""
-    print_reply(client.resume(name, given({"max_iters": max_iters})))
+    print_standing(client.resume(name, given({"max_iters": max_iters})))
     advise(client, follow=f"jobs follow {name}")
 
 
@@ -259,7 +267,8 @@ def delete(client: ApiClient, name: str, yes: bool) -> None:
     """Delete a job with its checkpoints."""
     if not yes:
         click.confirm(f"Delete the job {name} with its checkpoints?", abort=True, err=True)
-    print_reply(client.delete_job(name))
+    reply = client.delete_job(name)
+    print_reply(reply) if raw() else say(f"{name} deleted")
 
 
 # ---- data in, models out
@@ -284,7 +293,7 @@ def upload(client: ApiClient, file: Path, name: str | None) -> None:
 @command(cli, "export")
 @click.argument("name", callback=job_name)
 def export(client: ApiClient, name: str) -> None:
-    """Export the trained model NAME as a folder that transformers loads."""
+    """Export the trained model NAME for transformers."""
     print_reply(client.export({"model": name, "format": "hf"}))
 
 

@@ -17,7 +17,7 @@ from client.api import ApiClient, ApiError, Reply, clean
 from client.view import advise, note, raw, readable, say
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.text import Text
 
 Points = list[tuple[int, float]]  # iteration, loss
 
@@ -38,6 +38,7 @@ class Watched:
     new: list[Reply] = field(default_factory=list)  # rows of metrics since the last look
     train: Points = field(default_factory=list)
     val: Points = field(default_factory=list)
+    last_words: str = ""  # of its log, until there are losses: what it prepares
     away: bool = False
 
     def add(self, rows: list[Reply]) -> None:
@@ -55,6 +56,7 @@ def watch(client: ApiClient, name: str) -> Iterator[Watched]:
         try:
             watched.job = client.job(name)
             watched.add(client.metrics(name, after))
+            watched.last_words = "" if watched.train or watched.val else client.log(name)["log"].strip()[-200:]
             watched.away, pause = False, POLL_SECONDS
         except ApiError as error:
             if not error.away:
@@ -92,7 +94,8 @@ def standing(job: Reply) -> str:
     """Return the job's name, state and place: in the queue, or among its iterations."""
     if job.get("queue_position") is not None:
         return f"{job['name']} {job['state']}  place {job['queue_position']} in the queue"
-    return f"{job['name']} {job['state']}  iteration {job.get('iter_num') or 0} of {readable(job.get('max_iters'))}"
+    state = "stopping" if job.get("stopping") else job["state"]
+    return f"{job['name']} {state}  iteration {job.get('iter_num') or 0} of {readable(job.get('max_iters'))}"
 
 
 def figures(job: Reply) -> str:
@@ -104,14 +107,15 @@ def figures(job: Reply) -> str:
     return "  ".join(known)
 
 
-def picture(watched: Watched) -> "RenderableType":
+def picture(watched: Watched) -> "Text":
     """Return what the terminal shows: bar, figures, plot, and the latest sample."""
     from rich.text import Text
 
     job = watched.job
     full = min(BAR, round(BAR * (job.get("iter_num") or 0) / (job.get("max_iters") or 1)))
     bar = Text("━" * full, style="green").append("━" * (BAR - full), style="bright_black")
-    lines = [AWAY if watched.away else figures(job), *plot(watched.train, watched.val)]
+    words = watched.last_words.splitlines()[-1:] or [figures(job)]
+    lines = [AWAY if watched.away else words[0], *plot(watched.train, watched.val)]
     sample = job.get("sample")
     if sample is not None:
         lines += ["", *f"{sample['prompt']}{sample['text']}".splitlines()[:6]]

@@ -35,6 +35,8 @@ def readable(value: Any) -> str:
         return ", ".join(f"{key} {readable(item)}" for key, item in value.items() if item is not None)
     if isinstance(value, list):
         return ", ".join(map(readable, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float) and value > 1e9:  # a time: counts are integers
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value))
     if isinstance(value, float):

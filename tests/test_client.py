@@ -517,6 +517,16 @@ def test_the_live_view_says_when_the_server_is_away():
     assert "server away, the job goes on" in shown.get()
 
 
+def test_until_there_are_losses_the_view_shows_the_last_line_of_the_log():
+    watched = Watched({"name": "mine", "state": "running"}, last_words="reading\ntokenizing 40%")
+    assert "tokenizing 40%" in picture(watched).plain and "reading" not in picture(watched).plain
+
+
+def test_a_job_that_is_being_stopped_says_so(server):
+    server.answers["POST /api/jobs/mine/stop"] = server.job | {"stopping": True}
+    assert run("jobs", "stop", "mine").stdout == "mine stopping  iteration 0 of 40\n"
+
+
 def test_the_plot_falls_with_the_loss_and_has_its_size():
     lines = plot([(i, 5 - i / 50) for i in range(100)], [(0, 5.0), (99, 3.02)])
     assert len(lines) == 11 and all(len(line) == 69 for line in lines)
