@@ -274,5 +274,6 @@ class FakeServer:
 
 def events(reply: Any) -> list[Any]:
     """Return the events of a streamed reply, "[DONE]" as that text."""
-    frames = [frame for frame in reply.get_data(as_text=True).split("\n\n") if frame.startswith("data: ")]
+    with reply:
+        frames = [frame for frame in reply.get_data(as_text=True).split("\n\n") if frame.startswith("data: ")]
     return [frame[6:] if frame == "data: [DONE]" else json.loads(frame[6:]) for frame in frames]

@@ -4,6 +4,7 @@
 loads and while the engine is stalled, that is, has shown no sign of life for STALLED seconds.
 """
 
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ STATIC = Path(__file__).parent / "static"
 SWAGGER = Path(flask_openapi3_swagger.__file__).parent / "templates" / "swagger"
 TEXT = {"text/plain": {"schema": {"type": "string"}}}
 
-routes = APIBlueprint("health", __name__, abp_tags=[Tag(name="operations")])
+ERRORS: dict[str | int | HTTPStatus, Any] = {400: Error, 401: Error, 403: Error}
+
+routes = APIBlueprint("health", __name__, abp_tags=[Tag(name="operations")], abp_responses=ERRORS)
 
 
 class Health(Reply):
@@ -80,14 +83,14 @@ def healthz() -> Response:
     return _health()
 
 
-@routes.get("/queue", responses={200: Queue, 401: Error})
+@routes.get("/queue", responses={200: Queue})
 def queue() -> dict[str, Any]:
     """Tell the engine's figures: running, waiting, slots, tokens per second."""
     ctx = context()
     return ctx.engine.info() | {"open_requests": ctx.streams.open}
 
 
-@routes.get("/requests/<request_id>", responses={200: RequestState, 401: Error, 404: Error})
+@routes.get("/requests/<request_id>", responses={200: RequestState, 404: Error})
 def request_state(path: RequestPath) -> dict[str, Any]:
     """Tell the state of a generation request by its X-Request-Id, also for a while after its end."""
     found = context().engine.request(path.request_id)
@@ -96,7 +99,7 @@ def request_state(path: RequestPath) -> dict[str, Any]:
     return found
 
 
-@routes.get("/metrics", responses={200: {"description": "Prometheus metrics", "content": TEXT}, 401: Error})
+@routes.get("/metrics", responses={200: {"description": "Prometheus metrics", "content": TEXT}})
 def metrics() -> Response:
     """Return the counters for Prometheus."""
     return Response(context().metrics.text(), mimetype="text/plain; version=0.0.4")

@@ -1,0 +1,108 @@
+"""Errors: one shape for each API, fixed words for the unknown, and a status for every exception of ours."""
+
+import inspect as python_inspect
+import logging
+
+import pytest
+from fakes import FakeServer, byte_tokenizer
+
+from inference import sequence
+from storage import errors as storage
+from training.jobs import JobBusy
+from training.strict_model import ConfigError
+from web.client import ClientGone
+from web.completion import GenerationFailed
+from web.errors import Refused, problem_of
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    return FakeServer(tmp_path_factory.mktemp("server"), byte_tokenizer())
+
+
+def subclasses(module, base):
+    found = [cls for _, cls in python_inspect.getmembers(module, python_inspect.isclass) if issubclass(cls, base)]
+    return [cls for cls in found if cls is not base]
+
+
+@pytest.mark.parametrize(
+    ("error", "native", "openai"),
+    [
+        (storage.BadName("m"), 400, 400),
+        (storage.NotFound("m"), 404, 404),
+        (storage.NotLoadable("m"), 422, 422),
+        (storage.Exists("m"), 409, 400),
+        (storage.NoSpace("m"), 409, 400),
+        (storage.TooLarge("m"), 413, 413),
+        (storage.Unreachable("m"), 503, 503),
+        (sequence.PromptTooLong("m"), 400, 400),
+        (sequence.NoModel("m"), 409, 404),
+        (sequence.LoadInProgress("m"), 409, 503),
+        (sequence.QueueFull("m", retry_after=7), 429, 429),
+        (sequence.EngineDown("m"), 503, 503),
+        (JobBusy("m"), 409, 400),
+        (ConfigError("m"), 400, 400),
+        (GenerationFailed("m"), 500, 500),
+        (ClientGone(), 499, 499),
+        (Refused(418, "m"), 418, 418),
+    ],
+)
+def test_each_exception_has_its_status(error, native, openai):
+    assert (problem_of(error).status, problem_of(error, openai=True).status) == (native, openai)
+
+
+def test_no_exception_of_storage_and_inference_is_unknown():
+    for cls in subclasses(storage, storage.StorageError) + subclasses(sequence, sequence.InferenceError):
+        assert problem_of(cls("m")).code != "internal_error", cls
+
+
+def test_who_is_told_to_come_again_is_told_when():
+    for error in (sequence.QueueFull("m", 7), sequence.EngineDown("m"), storage.Unreachable("m")):
+        assert int(problem_of(error).headers["Retry-After"]) >= 1
+    assert problem_of(sequence.QueueFull("m", 7)).headers == {"Retry-After": "7"}
+
+
+def test_an_unknown_exception_leaves_an_id_and_nothing_else(server, caplog, monkeypatch):
+    def fail():
+        raise RuntimeError("secret at 0x7f0000000000 in /root/x")
+
+    monkeypatch.setattr(server.engine, "info", fail)
+    with caplog.at_level(logging.ERROR):
+        reply = server.get("/api/status")
+    assert reply.status_code == 500 and "secret" not in reply.get_data(as_text=True)
+    error_id = reply.json["error"].split()[2].rstrip(";")
+    assert error_id in caplog.text and "secret" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/nowhere", 404),
+        ("GET", "/api/nowhere", 404),
+        ("GET", "/API/STATUS", 404),
+        ("GET", "/api/status/", 404),
+        ("GET", "/.git/config", 404),
+        ("GET", "/console?__debugger__=yes", 404),
+        ("GET", "/api/%ff%fe", 404),
+        ("POST", "/healthz", 405),
+        ("GET", "/api/load_model", 405),
+        ("DELETE", "/api/status", 405),
+    ],
+)
+def test_errors_of_routing_are_json(server, method, path, status):
+    reply = server.client.open(path, method=method)
+    assert reply.status_code == status and isinstance(reply.json["error"], str)
+    assert (status == 405) == ("Allow" in reply.headers)
+
+
+@pytest.mark.parametrize(
+    ("method", "path"), [("GET", "/v1/nowhere"), ("GET", "/v1/completions"), ("PUT", "/completions")]
+)
+def test_errors_under_v1_have_openais_four_keys(server, method, path):
+    found = server.client.open(path, method=method).json["error"]
+    assert set(found) == {"message", "type", "param", "code"} and found["type"] == "invalid_request_error"
+
+
+def test_a_wrong_query_is_refused_like_a_wrong_body(server):
+    reply = server.get("/api/jobs/x/metrics?limit=0")
+    assert reply.status_code == 400 and reply.json["error"].startswith("limit is")

@@ -1,0 +1,186 @@
+"""Training jobs, datasets and exports over HTTP."""
+
+import io
+
+import pytest
+from fakes import FakeServer, byte_tokenizer, events
+
+TRAIN = {"dataset": "shakesphere", "output_dir": "out/shakespeare_model", "model_type": "gpt2", "batch_size": 4}
+TRAIN |= {"learning_rate": 3e-5, "max_iters": 20, "eval_interval": 5}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_tokenizer()
+
+
+@pytest.fixture
+def server(tmp_path, tokenizer):
+    return FakeServer(tmp_path, tokenizer)
+
+
+def test_a_training_starts_with_the_resolved_config_and_a_real_process_id(server):
+    reply = server.post("/api/train", TRAIN).json
+    assert reply["message"] == "Training started" and reply["process_id"] == 4321
+    assert reply["config_path"] == "out/shakespeare_model/train_config.json"
+    assert all(reply["config"][name] == value for name, value in TRAIN.items())
+    assert reply["config"]["optimizer"] == "adamw"
+
+
+def test_a_second_job_waits_without_a_process(server):
+    server.post("/api/train", TRAIN)
+    reply = server.post("/api/train", TRAIN | {"output_dir": "out/second"}).json
+    assert reply["message"] == "Training queued" and reply["process_id"] is None
+
+
+def test_a_busy_output_dir_is_a_conflict(server):
+    server.post("/api/train", TRAIN)
+    assert server.post("/api/train", TRAIN).status_code == 409
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"dataset": None}, "dataset is required"),
+        ({"output_dir": None}, "output_dir is required"),
+        ({"dataset": 3}, "dataset is 3"),
+        ({"dataset": "../x"}, "dataset is"),
+        ({"output_dir": "/tmp/evil"}, "output_dir is"),
+        ({"output_dir": "out/../../evil"}, "output_dir is"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"batch_size": True}, "batch_size is true"),
+        ({"learning_rate": -1}, "learning_rate is -1"),
+        ({"max_iters": 1.5}, "max_iters is 1.5"),
+        ({"model_type": "evil/repo"}, "model_type is"),
+        ({"bacth_size": 4}, "did you mean 'batch_size'"),
+    ],
+)
+def test_a_wrong_training_is_refused_by_name(server, wrong, words):
+    reply = server.post("/api/train", TRAIN | wrong)
+    assert reply.status_code == 400 and words in reply.json["error"]
+    assert server.get("/api/jobs").json == {"jobs": []}
+
+
+def test_jobs_are_listed_and_described(server):
+    server.post("/api/train", TRAIN)
+    assert [job["name"] for job in server.get("/api/jobs").json["jobs"]] == ["shakespeare_model"]
+    job = server.get("/api/jobs/shakespeare_model").json
+    assert job["state"] == "running" and job["max_iters"] == 20
+
+
+@pytest.mark.parametrize("path", ["", "/metrics", "/log", "/log?follow=1"])
+def test_an_unknown_job_is_not_found(server, path):
+    assert server.get(f"/api/jobs/nobody{path}").status_code == 404
+    assert server.get(f"/api/jobs/..%2f..%2fetc{path}").status_code in (400, 404)
+
+
+def test_a_job_stops_goes_on_and_is_deleted(server):
+    server.post("/api/train", TRAIN)
+    assert server.client.delete("/api/jobs/shakespeare_model").status_code == 409
+    assert server.client.post("/api/jobs/shakespeare_model/stop").json["state"] == "stopped"
+    resumed = server.post("/api/jobs/shakespeare_model/resume", {"max_iters": 40}).json
+    assert resumed["state"] == "running" and resumed["max_iters"] == 40
+    assert server.client.post("/api/jobs/shakespeare_model/resume").status_code == 409
+    server.client.post("/api/jobs/shakespeare_model/stop")
+    assert server.client.delete("/api/jobs/shakespeare_model").json["deleted"] is True
+    assert server.get("/api/jobs/shakespeare_model").status_code == 404
+
+
+def test_an_empty_body_resumes_with_the_old_end(server):
+    server.post("/api/train", TRAIN)
+    server.client.post("/api/jobs/shakespeare_model/stop", content_type="application/json")
+    reply = server.client.post("/api/jobs/shakespeare_model/resume", content_type="application/json")
+    assert reply.json["max_iters"] == 20
+
+
+def test_metrics_come_after_an_iteration(server):
+    server.post("/api/train", TRAIN)
+    rows = [{"iter_num": k, "loss": 4.0 - k} for k in range(4)]
+    metrics = server.workspace.run("shakespeare_model").metrics
+    metrics.write_text("".join(f'{{"iter_num": {row["iter_num"]}, "loss": {row["loss"]}}}\n' for row in rows))
+    assert server.get("/api/jobs/shakespeare_model/metrics").json["metrics"] == rows
+    assert server.get("/api/jobs/shakespeare_model/metrics?after=1").json["metrics"] == rows[2:]
+    assert server.get("/api/jobs/shakespeare_model/metrics?limit=1").json["metrics"] == rows[-1:]
+    assert server.get("/api/jobs/shakespeare_model/metrics?after=x").status_code == 400
+
+
+def test_a_log_is_read_and_followed(server):
+    server.post("/api/train", TRAIN)
+    server.workspace.run("shakespeare_model").log.write_text("step 1\n")
+    assert server.get("/api/jobs/shakespeare_model/log").json == {"log": "step 1\n"}
+    found = events(server.get("/api/jobs/shakespeare_model/log?follow=1"))
+    assert found[0] == {"text": "step 1\n"} and found[-2]["job"]["state"] == "succeeded" and found[-1] == "[DONE]"
+    assert server.get("/queue").json["open_requests"] == 0
+
+
+# ---- datasets
+
+
+def upload(server, content: bytes, filename: str = "mine.txt", **fields):
+    data = {"file": (io.BytesIO(content), filename), **fields}
+    return server.client.post("/api/datasets", data=data, content_type="multipart/form-data")
+
+
+def test_a_dataset_is_uploaded_listed_and_deleted(server):
+    reply = upload(server, b"To be, or not to be.\n" * 10, name="hamlet")
+    assert reply.status_code == 200 and reply.json["name"] == "hamlet" and reply.json["bytes"] == 210
+    assert [dataset["name"] for dataset in server.get("/api/datasets").json["datasets"]] == ["hamlet"]
+    assert server.client.delete("/api/datasets/hamlet").status_code == 200
+    assert server.client.delete("/api/datasets/hamlet").status_code == 404
+
+
+def test_a_dataset_may_take_its_files_name_and_numbers_are_names(server):
+    assert upload(server, b"some text\n", "notes.txt").json["name"] == "notes"
+    assert upload(server, b"some text\n", "notes.txt", name="2024").json["name"] == "2024"
+
+
+@pytest.mark.parametrize(
+    ("content", "filename", "name", "status"),
+    [
+        (b"x\n", "a.txt", "../evil", 400),
+        (b"x\n", "a.zip", "archive", 400),
+        (b"PK\x03\x04 and more", "a.txt", "zipped", 422),
+        (b"\xff\xfe\x00", "a.txt", "binary", 422),
+        (b"{broken\n", "a.jsonl", "lines", 422),
+    ],
+)
+def test_a_file_that_is_no_text_is_refused(server, content, filename, name, status):
+    reply = upload(server, content, filename, name=name)
+    assert reply.status_code == status and isinstance(reply.json["error"], str)
+    assert server.get("/api/datasets").json == {"datasets": []}
+
+
+def test_a_taken_name_is_a_conflict(server):
+    upload(server, b"some text\n", name="mine")
+    assert upload(server, b"other text\n", name="mine").status_code == 409
+
+
+def test_an_upload_needs_a_file_and_has_a_limit(tmp_path, tokenizer):
+    server = FakeServer(tmp_path, tokenizer, max_upload_bytes=2000)
+    reply = server.client.post("/api/datasets", data={"name": "x"}, content_type="multipart/form-data")
+    assert reply.status_code == 400 and reply.json["error"] == "file is required"
+    assert upload(server, b"x" * 3000, name="large").status_code == 413
+    assert upload(server, b"x" * 300_000, name="larger").status_code == 413
+
+
+def test_an_upload_may_be_larger_than_a_json_body(tmp_path, tokenizer):
+    server = FakeServer(tmp_path, tokenizer, max_body_bytes=2000)
+    assert upload(server, b"words " * 5000, name="large").status_code == 200
+    assert server.post("/api/generate", {"prompt": "x" * 5000}).status_code == 413
+
+
+# ---- export
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ({}, 400),
+        ({"model": "nobody"}, 404),
+        ({"model": "../../etc"}, 400),
+        ({"model": "my_model", "format": "gguf"}, 400),
+        ({"model": 5}, 400),
+    ],
+)
+def test_export_refuses(server, body, status):
+    assert server.post("/api/export", body).status_code == status
