@@ -123,6 +123,9 @@ class Dataset:
 
     def _counts(self) -> dict[str, int]:
         """Return the tokens in nanoGPT's files; raises NotFound or NotLoadable for missing, odd or empty ones."""
+        for name in NANOGPT_FILES:
+            if not self._has(name):
+                raise NotFound(f"dataset {self.name} has token files, but no {name}")
         return {name: count_tokens(self.workspace.data, [self.name, name], NANOGPT) for name in NANOGPT_FILES}
 
     def _meta(self) -> Tokenizer | None:
