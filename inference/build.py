@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16", "int8")
+NATIVE_AUTO = "bf16"  # what auto means to the native runner: half the bytes to read, at no loss that shows
 
 
 @dataclass(frozen=True)
@@ -54,16 +55,20 @@ def fingerprint(model: GPT) -> str:
     return digest.hexdigest()[:12]
 
 
-def _native(model: GPT, options: RunnerOptions) -> tuple["ModelRunner | None", str]:
+def _native(model: GPT, options: RunnerOptions, device: str) -> tuple["ModelRunner | None", str]:
     """Return the native runner and why it serves, or None and why not."""
+    if device != "cpu":
+        return None, f"the device is {device}"
     try:
         from inference.native_runner import NativeRunner
     except ModuleNotFoundError:
         return None, "no native runner"
-    reason = NativeRunner.unsupported(model.config, options)
+    dtype = NATIVE_AUTO if options.dtype == "auto" else options.dtype
+    reason = NativeRunner.unsupported(model.config, dtype)
     if reason is not None:
         return None, reason
-    return NativeRunner(model, options), "the native runner supports this model and this CPU"
+    runner = NativeRunner(model, options.slots, dtype, options.threads)
+    return runner, "the native runner supports this model and this CPU"
 
 
 def build_runner(model: GPT, options: RunnerOptions) -> tuple["ModelRunner", str]:
@@ -71,10 +76,10 @@ def build_runner(model: GPT, options: RunnerOptions) -> tuple["ModelRunner", str
 
     Raises ValueError when no runner here has what the options ask for.
     """
-    runner, reason = _native(model, options)
+    device = pick_device(options.device)
+    runner, reason = _native(model, options, device)
     if runner is not None:
         return runner, reason
-    device = pick_device(options.device)
     dtype = options.dtype
     if dtype == "auto":
         dtype = "bf16" if device == "cuda" else "fp32"
