@@ -1,0 +1,247 @@
+"""The real server process: start, serve, notice who leaves, stop, and start again after a crash.
+
+One server with a tiny random model serves most tests here; the last ones end it. Wrong starts never get
+as far as a model.
+"""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import requests
+
+ROOT = Path(__file__).resolve().parent.parent
+PATIENCE = 40.0  # seconds; a machine that runs other tests is slow
+
+
+class Process:
+    """A server process with its address, and its own end."""
+
+    def __init__(self, root: Path, *flags: str):
+        self.root = root
+        environ = {name: value for name, value in os.environ.items() if not name.startswith("LM_SERVER_")}
+        command = [sys.executable, str(ROOT / "api_server.py"), "--port", "0", "--root", str(root), *flags]
+        self.child = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ
+        )
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self.url = until(lambda: next((m[0] for m in map(re.compile(r"http://\S+").search, self.lines) if m), None))
+        self.port = int(self.url.rsplit(":", 1)[1])
+        until(self.ready)
+
+    def _read(self) -> None:
+        for line in self.child.stdout:
+            self.lines.append(line)
+        self.child.stdout.close()
+
+    def ready(self) -> bool:
+        with contextlib.suppress(requests.RequestException):
+            return requests.get(self.url + "/healthz", timeout=5).status_code == 200
+        return False
+
+    def post(self, path: str, body: dict, **more) -> requests.Response:
+        return requests.post(self.url + path, json=body, timeout=30, **more)
+
+    def get(self, path: str) -> requests.Response:
+        return requests.get(self.url + path, timeout=30)
+
+    def worker(self) -> int:
+        children = Path(f"/proc/{self.child.pid}/task/{self.child.pid}/children").read_text().split()
+        return int(children[0])
+
+    def end(self) -> None:
+        self.child.kill()
+        self.child.wait()
+        self._reader.join()
+
+
+def until(found: Callable[[], object], patience: float = PATIENCE):
+    """Return what `found` returns once it is true; fail when that takes too long."""
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        value = found()
+        if value:
+            return value
+        time.sleep(0.02)
+    raise AssertionError(f"{found} was not to be")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """Return a folder with a tiny random model in place of the bundled one."""
+    import torch
+
+    from model import GPT, GPTConfig
+    from storage import pretrained
+    from storage.tokenizer import train_bpe
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("project")
+    tokenizer = train_bpe(["Once upon a time there was a server.\n" * 9], 280)
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=2048, vocab_size=280))
+    for name in ("tiny-shakespeare", "other"):
+        pretrained.export(model, tokenizer, folder / "models" / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(root) -> Iterator[Process]:
+    process = Process(root, "--slots", "2", "--threads", "1", "--drain", "2")
+    yield process
+    process.end()
+
+
+LONG = {"prompt": "Once", "max_new_tokens": 2000, "temperature": 1.5}
+
+
+# ---- starts that are refused
+
+
+def refused(*flags: str, **environ: str) -> str:
+    """Return the one line of a server that does not start."""
+    command = [sys.executable, str(ROOT / "api_server.py"), *flags]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environ, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done
+    return done.stderr
+
+
+def test_a_wrong_option_is_one_line_and_code_2():
+    assert "'--prot'" in refused("--prot", "5000") and "--port" in refused("--prot", "5000")
+
+
+def test_an_unreadable_model_is_one_line_and_code_2(root):
+    assert "out/nothing/ckpt.pt does not exist" in refused("--root", str(root), "--model-path", "out/nothing/ckpt.pt")
+
+
+def test_another_address_without_keys_is_refused(root):
+    assert "needs api_key" in refused("--root", str(root), LM_SERVER_HOST="0.0.0.0")
+
+
+def test_a_busy_port_and_a_second_server_on_one_out_are_refused(server, tmp_path):
+    assert ".lock is held by another server" in refused("--root", str(server.root), "--port", "0")
+    busy = refused("--root", str(tmp_path), "--model_type", "none", "--port", str(server.port))
+    assert f"port {server.port} on 127.0.0.1 cannot be used" in busy
+
+
+# ---- serving
+
+
+def test_the_banner_has_what_a_newcomer_needs(server):
+    banner = "".join(server.lines)
+    assert f"{server.url}/docs" in banner and f"curl -s {server.url}/api/generate" in banner
+
+
+def test_it_generates_and_streams_the_same_text(server):
+    body = {"prompt": "Once upon", "max_new_tokens": 30, "seed": 5}
+    whole = server.post("/api/generate", body).json()
+    with server.post("/api/generate", {**body, "stream": True}, stream=True) as reply:
+        frames = [line[6:] for line in reply.iter_lines(decode_unicode=True) if line.startswith("data: ")]
+    assert frames[-1] == "[DONE]" and json.loads(frames[-2])["generated_text"] == whole["generated_text"]
+    pieces = [json.loads(frame)["text"] for frame in frames[:-2]]
+    assert "Once upon" + "".join(pieces) == whole["generated_text"]
+
+
+def test_pieces_come_one_by_one_and_not_at_the_end(server):
+    with server.post("/api/generate", {**LONG, "stream": True}, stream=True) as reply:
+        next(reply.iter_lines())
+        assert server.get("/queue").json()["running"] == 1
+    until(lambda: server.get("/queue").json()["running"] == 0, 3)
+
+
+def raw(server: Process, data: bytes) -> socket.socket:
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=10)
+    connection.sendall(data)
+    return connection
+
+
+def request_of(server: Process, body: dict, length: int | None = None) -> bytes:
+    data = json.dumps(body).encode()
+    head = f"POST /api/generate HTTP/1.1\r\nHost: localhost:{server.port}\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(data) if length is None else length}\r\n\r\n".encode() + data
+
+
+def test_a_plain_client_that_leaves_frees_its_slot_also_while_it_waits(server):
+    connections = [raw(server, request_of(server, LONG)) for _ in range(4)]
+    until(lambda: server.get("/queue").json()["waiting"] == 2, 5)
+    for connection in connections:
+        connection.close()
+    until(lambda: (q := server.get("/queue").json())["running"] == q["waiting"] == q["open_requests"] == 0, 3)
+
+
+def test_what_is_no_http_is_answered_in_json(server):
+    with raw(server, b"FOO\x01 /health HTTP/1.1\r\n\r\n") as connection:
+        reply = connection.recv(4096)
+    assert reply.startswith(b"HTTP/1.1 400") and json.loads(reply.partition(b"\r\n\r\n")[2])["error"]
+
+
+def test_a_damaged_chunk_is_a_bad_request(server):
+    head = f"POST /api/generate HTTP/1.1\r\nHost: localhost:{server.port}\r\nContent-Type: application/json\r\n"
+    with raw(server, f"{head}Transfer-Encoding: chunked\r\n\r\nzz\r\n".encode()) as connection:
+        assert connection.recv(4096).startswith(b"HTTP/1.1 400")
+
+
+def test_silent_and_refused_connections_do_not_hold_up_others(server):
+    silent = [raw(server, b"") for _ in range(100)]
+    unfinished = request_of(server, {}, length=100_000).replace(b"/api/generate", b"/nowhere")
+    refused = [raw(server, unfinished) for _ in range(40)]
+    for connection in refused:
+        assert connection.recv(100).startswith(b"HTTP/1.1 404")
+    begun = time.monotonic()
+    assert server.get("/health").status_code == 200 and time.monotonic() - begun < 2
+    for connection in [*silent, *refused]:
+        connection.close()
+
+
+# ---- ends; from here on the order matters
+
+
+def test_a_killed_worker_comes_back_with_the_last_model(server):
+    assert server.post("/api/load_model", {"model_path": "models/other"}).status_code == 200
+    before = server.worker()
+    os.kill(before, signal.SIGKILL)
+    until(lambda: server.ready() and server.worker() != before)
+    assert server.get("/api/status").json()["model"]["id"] == "other"
+
+
+def test_sigterm_ends_running_requests_and_refuses_waiting_and_new_ones(server):
+    replies: list[requests.Response] = []
+    threads = [threading.Thread(target=lambda: replies.append(server.post("/api/generate", LONG))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    until(lambda: (q := server.get("/queue").json())["running"] == 2 and q["waiting"] == 1, 10)
+    begun = time.monotonic()
+    server.child.send_signal(signal.SIGTERM)
+    for thread in threads:
+        thread.join()
+    assert 503 in [reply.status_code for reply in replies]
+    assert all(reply.status_code == 200 or "Retry-After" in reply.headers for reply in replies)
+    assert server.child.wait(10) == 0 and time.monotonic() - begun < 2 + 2 + 1
+    with pytest.raises(requests.ConnectionError):
+        server.get("/health")
+
+
+def test_a_second_signal_ends_at_once(root):
+    process = Process(root, "--threads", "1", "--drain", "60", "--slots", "1")
+    try:
+        with process.post("/api/generate", {**LONG, "stream": True, "num_samples": 8}, stream=True) as reply:
+            next(reply.iter_lines())
+            process.child.send_signal(signal.SIGINT)
+            until(lambda: not process.ready(), 5)
+            begun = time.monotonic()
+            process.child.send_signal(signal.SIGTERM)
+            process.child.wait(10)
+            assert time.monotonic() - begun < 4
+    finally:
+        process.end()
