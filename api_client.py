@@ -22,7 +22,7 @@ except ModuleNotFoundError:  # the first mistake of many: a Python without the p
 
 from client.api import DEFAULT_URL, ApiClient, ApiError, Reply
 from client.follow import INTERRUPTED, follow, standing
-from client.options import SAMPLING, TRAINING, given, job_name, options, parse_settings, read_prompt
+from client.options import SAMPLING, TRAINING, check_name, given, options, parse_settings, read_prompt
 from client.view import advise, note, print_reply, raw, say
 
 # ---- how the commands are made
@@ -207,7 +207,7 @@ def list_jobs(client: ApiClient) -> None:
     print_reply(client.jobs(), "jobs", "name state iter_num max_iters loss val_loss tokens_per_second error")
 
 
-name_argument = click.argument("name", callback=job_name)
+name_argument = click.argument("name", callback=check_name)
 
 
 @command(jobs, "show")
@@ -274,10 +274,29 @@ def delete(client: ApiClient, name: str, yes: bool) -> None:
 # ---- data in, models out
 
 
-@command(cli, "datasets")
-def datasets(client: ApiClient) -> None:
+@cli.group("datasets", invoke_without_command=True)
+@global_options
+@click.pass_context
+def datasets(context: click.Context) -> None:
+    """List the datasets to train on, or delete one."""
+    if context.invoked_subcommand is None:
+        context.invoke(list_datasets)
+
+
+@command(datasets, "list")
+def list_datasets(client: ApiClient) -> None:
     """List the datasets to train on."""
     print_reply(client.datasets(), "datasets", "name bytes documents tokens prepared source error")
+
+
+@command(datasets, "delete")
+@name_argument
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def delete_dataset(client: ApiClient, name: str, yes: bool) -> None:
+    """Delete a dataset with its prepared tokens."""
+    if not yes:
+        click.confirm(f"Delete the dataset {name}?", abort=True, err=True)
+    print_reply(client.delete_dataset(name))
 
 
 @command(cli, "upload")
@@ -291,7 +310,7 @@ def upload(client: ApiClient, file: Path, name: str | None) -> None:
 
 
 @command(cli, "export")
-@click.argument("name", callback=job_name)
+@click.argument("name", callback=check_name)
 def export(client: ApiClient, name: str) -> None:
     """Export the trained model NAME for transformers."""
     print_reply(client.export({"model": name, "format": "hf"}))

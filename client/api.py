@@ -181,6 +181,10 @@ class ApiClient:
         """Yield the events of a job's log, the tail first, until the job ends."""
         return self.events("GET", f"/api/jobs/{quote(name, safe='')}/log?follow=1")
 
+    def delete_dataset(self, name: str) -> Reply:
+        """Delete a dataset."""
+        return self.call("DELETE", f"/api/datasets/{quote(name, safe='')}")
+
     def upload(self, path: Path, name: str) -> Reply:
         """Send a text or JSONL file as the dataset `name`."""
         form = FileForm(path, {"name": name})

@@ -69,11 +69,11 @@ def given(values: Reply) -> Reply:
     return {name: value for name, value in values.items() if value is not None and value != ()}
 
 
-def job_name(context: click.Context, option: click.Parameter, value: str) -> str:
+def check_name(context: click.Context, option: click.Parameter, value: str) -> str:
     """Take `out/my_model` for the job my_model, as its folder is called."""
     name = value.removeprefix("out/").rstrip("/")
     if name.strip(".") == "" or "/" in name:
-        raise click.BadParameter(f"{value!r} is not the name of a job; `jobs` lists them")
+        raise click.BadParameter(f"{value!r} is not a name; `jobs`, `datasets` and `list` show what there is")
     return name
 
 

@@ -71,6 +71,7 @@ class FakeServer(ThreadingHTTPServer):
             "POST /api/jobs/mine/resume": lambda: self.job | {"state": "queued"},
             "DELETE /api/jobs/mine": lambda: self.job,
             "GET /api/datasets": lambda: {"datasets": [{"name": "stdlib", "bytes": 12, "tokens": {"gpt2": 5}}]},
+            "DELETE /api/datasets/notes": lambda: {"message": "Dataset notes deleted"},
             "POST /api/datasets": lambda: {"name": "notes", "bytes": 3},
             "POST /api/export": lambda: {"message": "exported", "path": "out/mine/hf"},
         }
@@ -307,9 +308,9 @@ def test_a_job_is_named_by_its_name_or_its_folder(server, name):
 
 
 @pytest.mark.parametrize("name", ["..", ".", "a/b", "out/", ""])
-def test_what_is_no_job_name_is_refused(server, name):
+def test_what_is_no_name_is_refused(server, name):
     done = run("jobs", "show", name)
-    assert done.exit_code == 2 and "not the name of a job" in done.stderr and not server.requests
+    assert done.exit_code == 2 and "is not a name" in done.stderr and not server.requests
 
 
 def test_a_job_name_is_quoted_in_the_path(server):
@@ -338,8 +339,14 @@ def test_log_prints_the_tail_or_follows(server):
     assert run("jobs", "log", "mine", "--follow").stdout == "one\ntwo\n"
 
 
-def test_datasets_are_listed(server):
-    assert run("datasets").stdout.splitlines()[-1].split()[:3] == ["stdlib", "12", "-"]
+@pytest.mark.parametrize("words", [("datasets",), ("datasets", "list")])
+def test_datasets_are_listed(server, words):
+    assert run(*words).stdout.splitlines()[-1].split()[:3] == ["stdlib", "12", "-"]
+
+
+def test_a_dataset_is_deleted_when_the_user_says_yes(server):
+    assert run("datasets", "delete", "notes", stdin="n\n").exit_code == 1 and not server.requests
+    assert "Dataset notes deleted" in run("datasets", "delete", "notes", stdin="y\n").stdout
 
 
 @pytest.mark.parametrize("name", [None, "other"])
