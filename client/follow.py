@@ -146,7 +146,8 @@ def print_lines(client: ApiClient, name: str) -> Reply:
             if raw():
                 click.echo(json.dumps(row))
             elif row.get("val_loss") is not None:
-                seen = watched.job | {"state": "running"} | row
+                known = {"name": name, "state": "running", "max_iters": watched.job.get("max_iters")}
+                seen = known | row | {"eta_seconds": row.get("seconds_left")}
                 say(f"{standing(seen)}  {figures(seen)}")
     return watched.job
 
