@@ -3,20 +3,24 @@
 For a row, in this order: logit_bias, repetition, presence and frequency penalties, no end before
 min_tokens, temperature, top_k, top_p, min_p, then the inverse of the cumulative distribution at one
 number from the sequence's own generator. Whatever else is in the batch, a row's choice is the same.
+Tokens that tie with the k-th stay, as in `GPT.generate`; elsewhere equals are ordered by id.
 
-All filters keep the most probable tokens, so they act on candidates sorted by falling logit, equal
-logits by rising id. Tokens that tie with the k-th are kept, as `GPT.generate` does.
+A row has 50 000 logits, so passes over it are what costs. One pass takes the greatest logit of each
+group of 64 neighbours; whatever needs the largest logits then looks into few groups (penalties.py
+changes the logits before that, where a request asks for it).
 
-Letters: n rows, V vocabulary, w candidates.
+Letters: n rows, V vocabulary, G groups, w candidates.
 """
 
 import math
-from collections import Counter
 
 import torch
 from torch import Tensor
 
+from inference.penalties import penalize
 from inference.sequence import SamplingParams, Sequence, Token
+
+GROUP = 64
 
 
 def sample(logits: Tensor, sequences: list[Sequence]) -> list[Token | None]:
@@ -24,14 +28,20 @@ def sample(logits: Tensor, sequences: list[Sequence]) -> list[Token | None]:
 
     Log-probabilities are those of the raw logits, before penalties and temperature.
     """
-    adjusted = _adjust(logits, sequences)
-    best = adjusted.max(-1)  # NaN and +inf come out as the greatest
-    sound = best.values.isfinite().tolist()
-    ids = best.indices.tolist()
-    drawn = [i for i, s in enumerate(sequences) if sound[i] and not s.params.greedy]
-    if drawn:
-        rows = adjusted if len(drawn) == len(sequences) else adjusted[drawn]
-        for i, token_id in zip(drawn, _draw(rows, [sequences[i] for i in drawn]), strict=True):
+    adjusted = penalize(logits, sequences)
+    peaks = _peaks(adjusted)
+    best = peaks.amax(-1)  # NaN and +inf come out as the greatest
+    sound = best.isfinite().tolist()
+    ids = [0] * len(sequences)
+    kinds: dict[str, list[int]] = {}
+    for i, s in enumerate(sequences):
+        if sound[i]:
+            kinds.setdefault(_kind(s.params, logits.size(-1)), []).append(i)
+    for kind, rows in kinds.items():
+        every = len(rows) == len(sequences)
+        part = (adjusted, peaks, best) if every else (adjusted[rows], peaks[rows], best[rows])
+        chosen = _draw(kind, *part, [sequences[i] for i in rows])
+        for i, token_id in zip(rows, chosen.tolist(), strict=True):
             ids[i] = token_id
     return [_token(logits[i], ids[i], s.params.logprobs) if sound[i] else None for i, s in enumerate(sequences)]
 
@@ -50,117 +60,141 @@ def _token(row: Tensor, token_id: int, top: int | None) -> Token:
     return Token(token_id, float(logprobs[token_id]), pairs)
 
 
-def _adjust(logits: Tensor, sequences: list[Sequence]) -> Tensor:
-    """Return the logits with biases, penalties and masks; the same tensor when no row has any."""
-    rows = [i for i, s in enumerate(sequences) if _adjusts(s)]
-    if not rows:
-        return logits
-    logits = logits.clone()
-    for i in rows:
-        _adjust_row(logits[i], sequences[i])
-    return logits
-
-
-def _adjusts(sequence: Sequence) -> bool:
-    p = sequence.params
-    penalties = p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
-    return penalties or bool(p.logit_bias) or len(sequence.output_ids) < p.min_tokens
-
-
-def _adjust_row(row: Tensor, sequence: Sequence) -> None:
-    """Change one row (V,) in place."""
-    p = sequence.params
-    for token_id, bias in p.logit_bias:
-        row[token_id] += bias
-    if p.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted({*sequence.prompt_ids, *sequence.output_ids}), device=row.device)
-        values = row[seen]
-        row[seen] = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
-    if sequence.output_ids and (p.presence_penalty != 0.0 or p.frequency_penalty != 0.0):
-        counts = Counter(sequence.output_ids)
-        times = torch.tensor(list(counts.values()), dtype=row.dtype, device=row.device)
-        row[torch.tensor(list(counts), device=row.device)] -= p.presence_penalty + p.frequency_penalty * times
-    if len(sequence.output_ids) < p.min_tokens and sequence.stop_ids:
-        row[torch.tensor(sorted(sequence.stop_ids), device=row.device)] = -math.inf
-
-
-def _draw(logits: Tensor, sequences: list[Sequence]) -> list[int]:
-    """Return a token id for each row (n, V), drawn with the sequence's own generator."""
-    V = logits.size(-1)
-    kinds: dict[str, list[int]] = {"top_k": [], "sorted": [], "plain": []}
-    for i, s in enumerate(sequences):
-        kinds[_kind(s.params, V)].append(i)
-    ids = [0] * len(sequences)
-    for kind, rows in kinds.items():
-        if rows:
-            part = logits if len(rows) == len(sequences) else logits[rows]
-            for i, token_id in zip(rows, _draw_kind(kind, part, [sequences[i] for i in rows]), strict=True):
-                ids[i] = token_id
-    return ids
-
-
 def _kind(p: SamplingParams, V: int) -> str:
-    if 0 < p.top_k <= V // 16:
-        return "top_k"  # few candidates are worth finding before they are sorted
-    return "sorted" if 0 < p.top_k < V or p.top_p < 1.0 or p.min_p > 0.0 else "plain"
+    """Say by which way a row's token is found."""
+    if p.greedy:
+        return "greedy"
+    if 0 < p.top_k < V:
+        return "top_k" if p.top_k <= V // GROUP // 4 else "sorted"
+    return "plain" if p.top_p == 1.0 and p.min_p == 0.0 else "tail"
 
 
-def _draw_kind(kind: str, logits: Tensor, sequences: list[Sequence]) -> list[int]:
-    params = [s.params for s in sequences]
-
-    def column(values: list[float]) -> Tensor:  # float64: sums over the vocabulary keep their last digits
-        return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
-
-    u = column([s.generator.random() for s in sequences])
-    temperature = column([p.temperature for p in params])
+def _draw(kind: str, logits: Tensor, peaks: Tensor, best: Tensor, sequences: list[Sequence]) -> Tensor:
+    """Return token ids (n,) for rows of one kind."""
+    if kind == "greedy":
+        groups = peaks.argmax(-1)
+        return groups * GROUP + _open(logits, torch.arange(len(logits), device=logits.device), groups).argmax(-1)
+    rows = [(s.generator.random(), s.params) for s in sequences]
+    columns = [(u, p.temperature, p.top_p, p.min_p, p.top_k) for u, p in rows]
+    knobs = torch.tensor(columns, dtype=torch.float64, device=logits.device)  # sums keep their last digits
     if kind == "plain":
-        weights = ((logits - logits.amax(-1, keepdim=True)).double() / temperature).exp()
-        return _invert(weights, u).tolist()
-    ks = torch.tensor([p.top_k or logits.size(-1) for p in params], device=logits.device)
-    values, ids = _candidates(logits, ks) if kind == "top_k" else logits.sort(stable=True, dim=-1, descending=True)
-    weights = ((values - values[:, :1]).double() / temperature).exp()
-    kth = values.gather(1, ks.clamp(max=values.size(1))[:, None] - 1)
-    weights.masked_fill_(values < kth, 0.0)
-    weights = _cut(weights, column([p.top_p for p in params]), column([p.min_p for p in params]))
-    return ids.gather(1, _invert(weights, u)[:, None])[:, 0].tolist()
+        return _draw_plain(logits, best, knobs)
+    if kind == "tail":
+        return _draw_tail(logits, peaks, best, knobs)
+    values, ids = _candidates(logits, peaks, knobs[:, 4].long()) if kind == "top_k" else _sorted(logits)
+    return _draw_sorted(values, ids, knobs)[0]
 
 
-def _candidates(logits: Tensor, ks: Tensor) -> tuple[Tensor, Tensor]:
+def _peaks(logits: Tensor) -> Tensor:
+    """Return the greatest logit of each group (n, G); the last group may be shorter."""
+    n, V = logits.shape
+    even = V - V % GROUP
+    peaks = logits[:, :even].reshape(n, even // GROUP, GROUP).amax(-1)
+    return peaks if even == V else torch.cat((peaks, logits[:, even:].amax(-1, keepdim=True)), dim=1)
+
+
+def _open(logits: Tensor, rows: Tensor, groups: Tensor) -> Tensor:
+    """Return the logits (m, GROUP) of groups (m,) of rows (m,); -inf stands for ids past the vocabulary."""
+    n, V = logits.shape
+    whole = V // GROUP
+    rest = torch.nn.functional.pad(logits[:, whole * GROUP :], (0, -V % GROUP), value=-math.inf)
+    if whole == 0:
+        return rest[rows]
+    values = logits[:, : whole * GROUP].reshape(n, whole, GROUP)[rows, groups.clamp(max=whole - 1)]
+    return values if V % GROUP == 0 else torch.where((groups == whole)[:, None], rest[rows], values)
+
+
+def _sorted(logits: Tensor) -> tuple[Tensor, Tensor]:
+    values, ids = logits.sort(stable=True, dim=-1, descending=True)
+    return values, ids
+
+
+def _candidates(logits: Tensor, peaks: Tensor, ks: Tensor) -> tuple[Tensor, Tensor]:
     """Return values and ids (n, w) of each row's ks[i] greatest logits and a few more, sorted; -inf fills up.
 
-    The k-th greatest of the peaks of groups of logits is reached by at least k logits: a threshold that
-    costs one pass over the row, where a heap (`topk`) costs several.
+    At least k logits reach the k-th greatest peak, and all that do are in groups whose peak does.
     """
-    n, V = logits.shape
-    groups = min(V, max(512, 4 * int(ks.max())))
-    size = V // groups
-    peaks = logits[:, : groups * size].reshape(n, groups, size).amax(-1)
     threshold = peaks.topk(int(ks.max()), dim=1).values.gather(1, ks[:, None] - 1)
-    chosen = logits >= threshold
-    rows, ids = chosen.nonzero(as_tuple=True)
-    counts = chosen.sum(-1)
+    rows, groups = (peaks >= threshold).nonzero(as_tuple=True)
+    values = _open(logits, rows, groups)
+    some, places = (values >= threshold[rows]).nonzero(as_tuple=True)
+    rows, ids, values = rows[some], groups[some] * GROUP + places, values[some, places]  # ids rise within a row
+    counts = rows.bincount(minlength=len(logits))
     columns = torch.arange(len(rows), device=logits.device) - (counts.cumsum(0) - counts)[rows]
-    values = logits.new_full((n, int(counts.max())), -math.inf)
-    values[rows, columns] = logits[rows, ids]
-    tokens = torch.zeros_like(values, dtype=torch.long)
+    dense = logits.new_full((len(logits), int(counts.max())), -math.inf)
+    dense[rows, columns] = values
+    tokens = torch.zeros_like(dense, dtype=torch.long)
     tokens[rows, columns] = ids
-    values, order = values.sort(stable=True, dim=-1, descending=True)
-    return values, tokens.gather(1, order)
+    dense, order = dense.sort(stable=True, dim=-1, descending=True)
+    return dense, tokens.gather(1, order)
 
 
-def _cut(weights: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """Return falling weights (n, w), the first of them 1, with top_p's and min_p's tail at 0."""
-    total = weights.sum(-1, keepdim=True)
+def _draw_sorted(values: Tensor, ids: Tensor, knobs: Tensor, total: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the chosen ids (n,), and which rows (n,) are settled: their tail was cut, whatever follows it.
+
+    `values` (n, w) fall. `total` (n, 1) is the mass of the row where the candidates are not all of it.
+    """
+    u, temperature, top_p, min_p, top_k = knobs[:, :, None].unbind(1)
+    weights = ((values - values[:, :1]).double() / temperature).exp()  # the first is 1
+    if total is None:
+        kth = values.gather(1, top_k.long().clamp(max=values.size(1)) - 1)
+        weights = weights.masked_fill(values < kth, 0.0)
+        total = weights.sum(-1, keepdim=True)
     before = weights.cumsum(-1) - weights  # mass of the more probable ones
-    gone = (before >= top_p * total) & (top_p < 1.0)
-    gone |= weights < min_p
+    gone = ((before >= top_p * total) & (top_p < 1.0)) | (weights < min_p)
+    gone &= values > -math.inf  # not what fills up
     gone[:, 0] = False  # the most probable token always stays
-    return weights.masked_fill(gone, 0.0)
+    columns = _invert(weights.masked_fill(gone, 0.0), u)
+    return ids.gather(1, columns[:, None])[:, 0], gone.any(-1)
+
+
+def _draw_tail(logits: Tensor, peaks: Tensor, best: Tensor, knobs: Tensor) -> Tensor:
+    """Choose where top_p or min_p cut the tail without top_k: look at more and more candidates until they do."""
+    total = _weights(logits, best, knobs)[1].sum(-1, keepdim=True)
+    chosen = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+    left = torch.arange(len(logits), device=logits.device)
+    G = peaks.size(1)
+    for k in (max(1, G // 4), G):  # of 50 257 logits some 300, then some 5000
+        candidates = _candidates(logits[left], peaks[left], torch.full_like(left, k))
+        ids, settled = _draw_sorted(*candidates, knobs[left], total[left])
+        chosen[left[settled]] = ids[settled]
+        left = left[~settled]
+        if len(left) == 0:
+            return chosen
+    chosen[left] = _draw_sorted(*_sorted(logits[left]), knobs[left], total[left])[0]
+    return chosen
+
+
+def _draw_plain(logits: Tensor, best: Tensor, knobs: Tensor) -> Tensor:
+    """Choose from the whole row: first the group, then the token in it."""
+    n, u = len(logits), knobs[:, :1]
+    weights, masses = _weights(logits, best, knobs)
+    cumulative = masses.cumsum(-1)
+    target = u * cumulative[:, -1:]
+    group = _place(cumulative, target)
+    before = cumulative.gather(1, group) - masses.gather(1, group)
+    inside = weights[torch.arange(n, device=logits.device), group[:, 0]].double().cumsum(-1)
+    return (group * GROUP + _place(inside, target - before))[:, 0]
+
+
+def _weights(logits: Tensor, best: Tensor, knobs: Tensor) -> tuple[Tensor, Tensor]:
+    """Return exp of logits over temperature (n, G, GROUP), the greatest being 1, and each group's sum (n, G)."""
+    n, V = logits.shape
+    weights = logits.new_zeros(n, -(-V // GROUP) * GROUP)
+    torch.sub(logits, best[:, None], out=weights[:, :V])
+    weights[:, :V].div_(knobs[:, 1:2].to(logits.dtype)).exp_()
+    weights = weights.view(n, -1, GROUP)
+    return weights, weights.sum(-1).double()
 
 
 def _invert(weights: Tensor, u: Tensor) -> Tensor:
     """Return (n,) the column where the cumulative weights (n, w) pass the part u (n, 1) of their sum."""
     cumulative = weights.cumsum(-1)
+    return _place(cumulative, u * cumulative[:, -1:])[:, 0]
+
+
+def _place(cumulative: Tensor, target: Tensor) -> Tensor:
+    """Return (n, 1) the first column that passes the target (n, 1); rounding never takes it past the last weight."""
     total = cumulative[:, -1:]
-    target = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))  # never past the last weight
-    return torch.searchsorted(cumulative, target, right=True)[:, 0]
+    target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, target.contiguous(), right=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from inference.kv_cache import KVCache
+from inference.packed_linear import can_pack, pack
 from model import GPT
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -31,7 +32,10 @@ class TorchRunner:
         config = model.config
         self.device, self.dtype, self.slots = device, dtype, slots
         self.block_size, self.vocab_size = config.block_size, config.vocab_size
-        self._model: GPT | None = model.to(device=device, dtype=DTYPES[dtype]).eval().requires_grad_(False)
+        model = model.to(device=device, dtype=DTYPES[dtype]).eval().requires_grad_(False)
+        if device == "cpu" and can_pack():
+            pack(model, rows=slots)
+        self._model: GPT | None = model
         shape = (config.n_layer, slots, config.n_head, config.block_size, config.head_size)
         self._cache: KVCache | None = KVCache(shape, torch.device(device), DTYPES[dtype])
 
