@@ -4,12 +4,9 @@ Only these names are ever asked for, and only their safetensors and tokenizer fi
 HF_HOME and HF_ENDPOINT mean what they mean everywhere. No torch; what is fetched is inspected before it is loaded.
 """
 
-import os
-import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from storage.errors import BadName, Unreachable
 from storage.files import quoted, require_space
@@ -49,58 +46,51 @@ def _is_complete(folder: Path) -> bool:
 
 def _cached(name: str) -> Path | None:
     """Return the model's folder in the Hugging Face cache, without asking the network."""
-    from huggingface_hub import snapshot_download  # takes half a second to import, and few servers need it
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub import try_to_load_from_cache  # slow to import, and few servers need it
 
     for repository in _repositories(name):
-        try:
-            folder = Path(snapshot_download(repository, local_files_only=True))
-        except (LocalEntryNotFoundError, OSError):
-            continue
-        if _is_complete(folder):
-            return folder
+        config = try_to_load_from_cache(repository, "config.json")
+        if isinstance(config, str) and _is_complete(Path(config).parent):
+            return Path(config).parent
     return None
 
 
-def _probe(address: tuple[str, int]) -> bool:
-    """Say whether the address accepts a connection; in a thread, because looking up a name has no time limit."""
+def _answers(address: str) -> bool:
+    """Say whether a hub answers in time; in a thread, because looking up a host's name has no time limit."""
+    import requests
+
     answered = threading.Event()
 
-    def connect() -> None:
+    def ask() -> None:
         try:
-            socket.create_connection(address, PROBE_SECONDS).close()
-        except OSError:
+            reply = requests.head(address, timeout=PROBE_SECONDS, allow_redirects=True)
+        except requests.RequestException:
             return
-        answered.set()
+        if reply.status_code < 500:
+            answered.set()
 
-    thread = threading.Thread(target=connect, daemon=True)
+    thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(PROBE_SECONDS)
     return answered.is_set()
 
 
-def _hub_address() -> tuple[str, int]:
-    """Return host and port to connect to: the proxy if there is one, else the hub."""
-    from huggingface_hub import constants
-
-    proxy = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")
-    parts = urlsplit(proxy or constants.ENDPOINT)
-    return parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443)
-
-
 def _download(name: str) -> Path:
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    repository, _ = _repositories(name)
     if constants.HF_HUB_OFFLINE:
         raise Unreachable(f"{name} is not on this machine and HF_HUB_OFFLINE is set; {WHAT_TO_DO}")
-    if not _probe(_hub_address()):
+    if not _answers(f"{constants.ENDPOINT}/api/models/{repository}"):
         raise Unreachable(f"{name} is not on this machine and the Hugging Face hub does not answer; {WHAT_TO_DO}")
     require_space(Path(constants.HF_HUB_CACHE), MEGABYTES[name] * 1_100_000)
     try:
-        return Path(snapshot_download(_repositories(name)[0], allow_patterns=list(PATTERNS)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
+        folder = Path(snapshot_download(repository, allow_patterns=list(PATTERNS)))
+    except Exception as e:  # what answers may be anything, and its replies make the client raise anything
         raise Unreachable(f"{name} could not be fetched from the Hugging Face hub; {WHAT_TO_DO}") from e
+    if not _is_complete(folder):
+        raise Unreachable(f"the Hugging Face hub did not give all files of {name}; {WHAT_TO_DO}")
+    return folder
 
 
 def fetch(name: str, workspace: Workspace, progress: Callable[[str], None] | None = None) -> Path:
