@@ -127,30 +127,43 @@ def _cut(text: str, earliest: int) -> int:
 def _decoded(f: BinaryIO, name: str) -> Iterator[str]:
     """Give the text of a file as it is read; raises NotLoadable at the first byte that is not UTF-8."""
     utf8, consumed = codecs.getincrementaldecoder("utf-8")(), 0
-    while True:
-        data = f.read(READ_BYTES)
-        waiting = len(utf8.getstate()[0])  # bytes of a character that the last read cut in two
+    while data := f.read(READ_BYTES):
         if consumed == 0 and (kind := next((BINARY[m] for m in BINARY if data.startswith(m)), None)) is not None:
             raise NotLoadable(f"{name} is {kind}, not text")
-        try:
-            text = utf8.decode(data, final=not data)
-        except UnicodeDecodeError as e:
-            raise NotLoadable(f"{name} is not UTF-8 text at byte {consumed - waiting + e.start}") from None
-        if b"\0" in data:
-            raise NotLoadable(f"{name} is not text: it has a NUL byte at byte {consumed + data.index(0)}")
-        yield text.removeprefix("\ufeff") if consumed == 0 else text
+        yield _decode(utf8, data, consumed, name)
         consumed += len(data)
-        if not data:
-            return
+    yield _decode(utf8, b"", consumed, name)
+
+
+def _decode(utf8: codecs.IncrementalDecoder, data: bytes, consumed: int, name: str) -> str:
+    waiting = len(utf8.getstate()[0])  # bytes of a character that the last read cut in two
+    try:
+        text = utf8.decode(data, final=not data)
+    except UnicodeDecodeError as e:
+        raise NotLoadable(f"{name} is not UTF-8 text at byte {consumed - waiting + e.start}") from None
+    if b"\0" in data:
+        raise NotLoadable(f"{name} is not text: it has a NUL byte at byte {consumed + data.index(0)}")
+    return text
+
+
+def _unix_lines(texts: Iterator[str]) -> Iterator[str]:
+    """Give texts without a BOM at the beginning and with LF for CR LF, wherever they are cut."""
+    bom, held = "\ufeff", ""
+    for text in texts:
+        held += text.removeprefix(bom)
+        bom = "" if text else bom
+        yield held.removesuffix("\r").replace("\r\n", "\n")
+        held = "\r" if held.endswith("\r") else ""
+    yield held
 
 
 def _txt_pieces(f: BinaryIO, name: str) -> Iterator[tuple[str, bool]]:
     held = ""
-    for text in _decoded(f, name):
-        seen = len(held) - 2  # before it there is no place to cut; two, for what the replacement takes away
-        held = (held + text).replace("\r\n", "\n")
-        at = _cut(held, seen)
-        if at > 0 and text:
+    for text in _unix_lines(_decoded(f, name)):
+        earliest = len(held) - 1  # what was there before has no place to cut
+        held += text
+        at = _cut(held, earliest) if text else 0
+        if at > 0:
             yield held[:at], False
             held = held[at:]
     yield held, True

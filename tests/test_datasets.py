@@ -83,6 +83,7 @@ def read(folder: Path, **limits: int) -> list[str]:
     ("data", "text"),
     [
         (b"hi\n", "hi\n"),
+        (b"\r\r\n\n\r", "\r\n\n\r"),
         (b"\xef\xbb\xbfhi\n", "hi\n"),
         (b"a\r\nb\r\n", "a\nb\n"),
         (b"a\rb", "a\rb"),
@@ -119,14 +120,14 @@ def test_the_place_of_a_bad_byte_does_not_depend_on_how_the_file_is_read(tmp_pat
         read(tmp_path)
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(text=st.text("ab'sé日🌍.,1 \n\t\r\u3000", max_size=60), size=st.integers(1, 9))
+@settings(deadline=None, derandomize=True, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text("ab'sé日🌍.,1 \n\t\r\u3000\ufeff", max_size=60), size=st.integers(1, 9))
 def test_the_tokens_of_the_pieces_are_the_tokens_of_the_whole(tmp_path, text, size):
     (tmp_path / "a.txt").write_bytes(text.encode())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(documents, "READ_BYTES", size)
         found = [piece for piece, _ in pieces(tmp_path, sources(tmp_path))]
-    whole = text.replace("\r\n", "\n")
+    whole = text.removeprefix("\ufeff").replace("\r\n", "\n")
     assert "".join(found) == whole
     assert [i for piece in found for i in BPE.encode(piece)] == BPE.encode(whole)
 

@@ -36,7 +36,9 @@ HARD = [
     ),
 ]
 GPT2_FILES = Path(__file__).resolve().parent.parent.parent / "shared/data/gpt2_bpe"
-quick = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(
+    deadline=None, derandomize=True, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 @pytest.fixture(scope="module")
@@ -225,10 +227,10 @@ def test_a_vocabulary_without_room_for_all_bytes_is_refused():
 
 
 @quick
-@given(text=st.text(st.sampled_from("To be, naïve\n") | st.characters(codec="utf-8", max_codepoint=0x33FF)))
+@given(text=st.text(st.sampled_from("To be, naïve\n") | st.characters(codec="utf-8", exclude_characters="<")))
 def test_a_trained_vocabulary_gives_the_ids_of_the_trainer(trained, text):
     theirs = tokenizers.Tokenizer.from_str(json.dumps(trained.to_json()))
-    assert trained.encode(text) == theirs.encode(text.replace("<|endoftext|>", "")).ids
+    assert trained.encode(text) == theirs.encode(text).ids
 
 
 def test_end_of_text_is_plain_text_unless_asked_for(trained):
