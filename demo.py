@@ -24,7 +24,7 @@ from typing import IO, Any
 ROOT = Path(__file__).resolve().parent
 RUN = "demo"
 ITERATIONS = 400  # about a minute on two cores
-START_SECONDS = 60.0  # until the server must answer
+START_SECONDS = 60.0  # until the server must have its model
 STOP_SECONDS = 40.0  # until a job or the server must have ended
 LOG_LINES = 20  # of the server's output, shown after a failure
 
@@ -69,13 +69,13 @@ def ask(*words: str) -> dict[str, Any] | None:
 
 
 def wait_until_up(server: subprocess.Popen[bytes]) -> None:
-    """Wait for the server's first answer. Raises DemoFailed when it ends or stays silent."""
+    """Wait until the server has loaded its model. Raises DemoFailed when it ends or takes too long."""
     deadline = time.monotonic() + START_SECONDS
-    while ask("status") is None:
+    while not (ask("status") or {}).get("model_loaded"):
         if server.poll() is not None:
             raise DemoFailed(f"the server ended with exit code {server.returncode}")
         if time.monotonic() > deadline:
-            raise DemoFailed(f"the server did not answer within {START_SECONDS:.0f} s")
+            raise DemoFailed(f"the server had no model ready within {START_SECONDS:.0f} s")
         time.sleep(0.2)
 
 
