@@ -24,12 +24,12 @@ from inference.backend import ServedModel
 from inference.build import RunnerOptions, build_runner, fingerprint
 from inference.lane import Lane
 from inference.sequence import Generation, SamplingParams
+from storage.checkpoints import load_model
 
 if TYPE_CHECKING:
-    from storage.checkpoints import Loaded
-
     from inference.runner import ModelRunner
     from model import GPT
+    from storage.checkpoints import Loaded
     from storage.registry import ModelReference
     from storage.runs import Workspace
 
@@ -84,11 +84,10 @@ class Engine:
         max_waiting_tokens: int = 256 * 1024,
         prefill_tokens: int = 512,
         request_timeout: float | None = 600.0,
-        loader: "Loader | None" = None,
+        loader: "Loader" = load_model,
         build: "Builder" = build_runner,
     ):
-        self._workspace, self._build = workspace, build
-        self._loader = _load_model if loader is None else loader
+        self._workspace, self._loader, self._build = workspace, loader, build
         self._options = RunnerOptions(device, dtype, slots, threads)
         self._prefill_tokens, self._request_timeout = prefill_tokens, request_timeout
         self._admission = Admission(max_waiting, max_waiting_tokens)
@@ -330,12 +329,6 @@ def _check_ids(name: str, ids: "Sequence[int] | frozenset[int]", vocab_size: int
     for token_id in ids:
         if not 0 <= token_id < vocab_size:
             raise ValueError(f"{name} has token id {token_id}; ids must be between 0 and {vocab_size - 1}")
-
-
-def _load_model(reference: "ModelReference", workspace: "Workspace") -> "Loaded":
-    from storage.checkpoints import load_model
-
-    return load_model(reference, workspace)
 
 
 def _nothing() -> None:

@@ -7,6 +7,7 @@ copied: attention reads views of the part that is in use.
 Letters: L layers, S slots, nh heads, P positions, hs head size, N rows of the step.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+WASTE = 1.3  # decoding rows are attended to together while the padded span stays below this times the needed one
 
 
 @dataclass(frozen=True)
@@ -24,67 +27,121 @@ class Run:
     count: int
     slot: int
     end: int
-    mask: Tensor | None  # (count, end), where a query may look; None: everywhere, or causal from position 0
 
     @property
-    def causal(self) -> bool:
-        """Say whether the run is a whole prompt from position 0, where plain causal attention serves."""
-        return self.count > 1 and self.mask is None
+    def rows(self) -> slice:
+        """Return the rows of the step."""
+        return slice(self.first, self.first + self.count)
+
+    def mask(self, device: torch.device) -> Tensor | None:
+        """Return where a query may look (count, end); None: at everything, or causally from position 0."""
+        if self.count in (1, self.end):
+            return None
+        return torch.ones(self.count, self.end, dtype=torch.bool, device=device).tril(self.end - self.count)
 
 
-def find_runs(slots: Sequence[int], positions: Sequence[int], device: torch.device) -> list[Run]:
+def find_runs(slots: Sequence[int], positions: Sequence[int]) -> list[Run]:
     """Split a step's rows into runs of one slot each."""
     runs = []
     first = 0
     for i in range(1, len(slots) + 1):
         if i == len(slots) or slots[i] != slots[first]:
-            count, end = i - first, positions[i - 1] + 1
-            mask = None
-            if 1 < count < end:  # a later piece of a prompt: query j of the run is at position end - count + j
-                mask = torch.ones(count, end, dtype=torch.bool, device=device).tril(end - count)
-            runs.append(Run(first, count, slots[first], end, mask))
+            runs.append(Run(first, i - first, slots[first], positions[i - 1] + 1))
             first = i
     return runs
 
 
+class Together:
+    """Single rows of several slots, attended to in one call over a range of slots and the longest of their spans.
+
+    What lies between (idle slots, positions past a slot's end) is masked out: work wasted, but one launch
+    where a GPU would need hundreds.
+    """
+
+    def __init__(self, runs: list[Run], device: torch.device, dtype: torch.dtype):
+        self.low, self.high = min(r.slot for r in runs), max(r.slot for r in runs) + 1
+        self.end = max(r.end for r in runs)
+        self.rows = torch.tensor([r.first for r in runs], device=device)
+        self.places = torch.tensor([r.slot - self.low for r in runs], device=device)
+        ends = torch.ones(self.high - self.low, dtype=torch.long, device=device)  # idle slots look at one position
+        ends[self.places] = torch.tensor([r.end for r in runs], device=device)
+        hidden = torch.arange(self.end, device=device) >= ends[:, None]
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -math.inf)
+        self.mask = mask[:, None, None] if bool(hidden.any()) else None
+
+    @staticmethod
+    def pays(runs: list[Run]) -> bool:
+        """Say whether little is wasted by treating these runs together."""
+        slots = [r.slot for r in runs]
+        padded = (max(slots) + 1 - min(slots)) * max(r.end for r in runs)
+        return padded <= WASTE * sum(r.end for r in runs)
+
+    def attend(self, y: Tensor, q: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Write into y (1, N, nh, hs) the attention of q (1, nh, N, hs) over keys and values (S, nh, P, hs)."""
+        _, nh, _, hs = q.shape
+        queries = keys.new_zeros(self.high - self.low, nh, 1, hs)
+        queries[self.places, :, 0] = q[0].transpose(0, 1)[self.rows].to(keys.dtype)
+        used = slice(self.low, self.high), slice(None), slice(self.end)
+        out = F.scaled_dot_product_attention(queries, keys[used], values[used], attn_mask=self.mask)
+        y[0, self.rows] = out[self.places, :, 0].to(y.dtype)
+
+
 class KVCache:
-    """The cache of one model; satisfies model.Cache once `begin` has said which rows come."""
+    """The cache of one model; satisfies model.Cache once `begin` has said which rows come.
+
+    On CPU it is always fp32: bf16 attention there takes longer than reading twice the bytes does.
+    """
 
     def __init__(self, shape: tuple[int, int, int, int, int], device: torch.device, dtype: torch.dtype):
         """Reserve (L, S, nh, P, hs) twice; on CPU the system gives memory only as positions are used."""
-        self.keys, self.values = (_lazy_zeros(shape, device, dtype) for _ in range(2))
+        self.dtype = torch.float32 if device.type == "cpu" else dtype
+        self.device = device
+        self.keys, self.values = (_lazy_zeros(shape, device, self.dtype) for _ in range(2))
+        self._written = [0] * shape[1]  # positions of each slot that hold anything
         self._slots = self._positions = torch.empty(0, dtype=torch.long)
-        self._runs: list[Run] = []
-        self._singles: list[Run] = []
-
-    @property
-    def nbytes(self) -> int:
-        """Return the size of a cache in full use."""
-        return self.keys.nbytes + self.values.nbytes
+        self._together: Together | None = None
+        self._runs: list[tuple[Run, Tensor | None]] = []
 
     def begin(self, slots: Sequence[int], positions: Sequence[int]) -> None:
         """Announce a step: row i is at positions[i] of slots[i]."""
-        device = self.keys.device
-        self._slots = torch.tensor(slots, dtype=torch.long, device=device)
-        self._positions = torch.tensor(positions, dtype=torch.long, device=device)
-        self._runs = find_runs(slots, positions, device)
+        self._slots = torch.tensor(slots, dtype=torch.long, device=self.device)
+        self._positions = torch.tensor(positions, dtype=torch.long, device=self.device)
+        runs = find_runs(slots, positions)
+        for run in runs:
+            if run.end == run.count:
+                self._clear(run.slot)
+            self._written[run.slot] = max(self._written[run.slot], run.end)
+        single = [r for r in runs if r.count == 1]
+        self._together = None
+        if len(single) > 1 and (self.device.type != "cpu" or Together.pays(single)):
+            self._together = Together(single, self.device, self.dtype)
+            runs = [r for r in runs if r.count > 1]
+        self._runs = [(r, r.mask(self.device)) for r in runs]
+
+    def _clear(self, slot: int) -> None:
+        """Forget a slot: a masked position counts 0 times its value, which is no number if the value is none."""
+        for cache in (self.keys, self.values):
+            cache[:, slot, :, : self._written[slot]].zero_()
+        self._written[slot] = 0
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store k and v, and return the attention of q; all are (1, nh, N, hs)."""
         keys, values = self.keys[layer], self.values[layer]  # (S, nh, P, hs)
-        keys[self._slots, :, self._positions] = k[0].transpose(0, 1)
-        values[self._slots, :, self._positions] = v[0].transpose(0, 1)
+        keys[self._slots, :, self._positions] = k[0].transpose(0, 1).to(self.dtype)
+        values[self._slots, :, self._positions] = v[0].transpose(0, 1).to(self.dtype)
         _, nh, N, hs = q.shape
         y = q.new_empty(1, N, nh, hs)
-        for run in self._runs:
-            rows = slice(run.first, run.first + run.count)
-            y[:, rows] = F.scaled_dot_product_attention(
-                q[:, :, rows],
-                keys[run.slot, :, : run.end][None],
-                values[run.slot, :, : run.end][None],
-                attn_mask=run.mask,
-                is_causal=run.causal,
-            ).transpose(1, 2)
+        if self._together is not None:
+            self._together.attend(y, q, keys, values)
+        for run, mask in self._runs:
+            rows = run.rows
+            if run.count == run.end and run.count > 1:  # a prompt from its beginning needs nothing of the cache
+                out = F.scaled_dot_product_attention(q[:, :, rows], k[:, :, rows], v[:, :, rows], is_causal=True)
+            else:
+                used = (slice(run.slot, run.slot + 1), slice(None), slice(run.end))
+                query = q[:, :, rows].to(self.dtype)
+                out = F.scaled_dot_product_attention(query, keys[used], values[used], attn_mask=mask)
+            y[:, rows] = out.transpose(1, 2)
         return y.transpose(1, 2)
 
 
@@ -92,5 +149,4 @@ def _lazy_zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
     """Return zeros whose pages, on CPU, take no memory before they are written (numpy asks calloc, torch fills)."""
     if device.type != "cpu":
         return torch.zeros(shape, device=device, dtype=dtype)
-    size = int(np.prod(shape)) * dtype.itemsize
-    return torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).view(shape)
+    return torch.from_numpy(np.zeros(shape, np.float32))

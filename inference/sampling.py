@@ -6,18 +6,18 @@ number from the sequence's own generator. Whatever else is in the batch, a row's
 Tokens that tie with the k-th stay, as in `GPT.generate`; elsewhere equals are ordered by id.
 
 A row has 50 000 logits, so passes over it are what costs. One pass takes the greatest logit of each
-group of 64 neighbours; whatever needs the largest logits then looks into few groups (penalties.py
-changes the logits before that, where a request asks for it).
+group of 64 neighbours; whatever needs the largest logits then looks into few groups. Penalties touch
+few tokens, so they are gathered from all rows and applied in a few sparse operations.
 
 Letters: n rows, V vocabulary, G groups, w candidates.
 """
 
 import math
+from collections import Counter
 
 import torch
 from torch import Tensor
 
-from inference.penalties import penalize
 from inference.sequence import SamplingParams, Sequence, Token
 
 GROUP = 64
@@ -28,7 +28,7 @@ def sample(logits: Tensor, sequences: list[Sequence]) -> list[Token | None]:
 
     Log-probabilities are those of the raw logits, before penalties and temperature.
     """
-    adjusted = penalize(logits, sequences)
+    adjusted = _penalize(logits, sequences)
     peaks = _peaks(adjusted)
     best = peaks.amax(-1)  # NaN and +inf come out as the greatest
     sound = best.isfinite().tolist()
@@ -198,3 +198,52 @@ def _place(cumulative: Tensor, target: Tensor) -> Tensor:
     total = cumulative[:, -1:]
     target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, target.contiguous(), right=True)
+
+
+class _Entries:
+    """(row, token id, value) triples of a batch."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+        self.ids: list[int] = []
+        self.values: list[float] = []
+
+    def add(self, row: int, ids: list[int], values: list[float]) -> None:
+        self.rows.extend([row] * len(ids))
+        self.ids.extend(ids)
+        self.values.extend(values)
+
+    def places(self, logits: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Return the index of the entries in `logits` and their values."""
+        rows, ids = (torch.tensor(x, dtype=torch.long, device=logits.device) for x in (self.rows, self.ids))
+        return (rows, ids), torch.tensor(self.values, dtype=logits.dtype, device=logits.device)
+
+
+def _penalize(logits: Tensor, sequences: list[Sequence]) -> Tensor:
+    """Return logits (n, V) with all changes in their order; the same tensor when no row has any."""
+    biases, repeated, counted, masked = _Entries(), _Entries(), _Entries(), _Entries()
+    for row, s in enumerate(sequences):
+        p = s.params
+        if p.logit_bias:
+            biases.add(row, [i for i, _ in p.logit_bias], [bias for _, bias in p.logit_bias])
+        if p.repetition_penalty != 1.0:
+            seen = list({*s.prompt_ids, *s.output_ids})
+            repeated.add(row, seen, [p.repetition_penalty] * len(seen))
+        if p.presence_penalty != 0.0 or p.frequency_penalty != 0.0:
+            counts = Counter(s.output_ids)
+            counted.add(row, list(counts), [p.presence_penalty + p.frequency_penalty * n for n in counts.values()])
+        if len(s.output_ids) < p.min_tokens:
+            masked.add(row, list(s.stop_ids), [-math.inf] * len(s.stop_ids))
+    if not (biases.rows or repeated.rows or counted.rows or masked.rows):
+        return logits
+    logits = logits.clone()
+    place, values = biases.places(logits)
+    logits.index_put_(place, values, accumulate=True)
+    place, values = repeated.places(logits)
+    old = logits[place]
+    logits[place] = torch.where(old > 0, old / values, old * values)
+    place, values = counted.places(logits)
+    logits[place] -= values
+    place, values = masked.places(logits)
+    logits[place] = values
+    return logits

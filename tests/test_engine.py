@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from inference.build import build_runner
 from inference.engine import Engine
 from inference.sequence import (
     EngineDown,
@@ -96,13 +97,17 @@ def loader(ref: Any, workspace: Any) -> Any:
     return SimpleNamespace(model=tiny(), tokenizer=FakeTokenizer(), reference=ref)
 
 
+def torch_runner(model: GPT, asked: Any) -> tuple[TorchRunner, str]:
+    return TorchRunner(model, asked.slots), "a test"
+
+
 @pytest.fixture
 def make() -> Iterator[Callable[..., Engine]]:
     """Return a maker of engines that are closed at the end."""
     engines: list[Engine] = []
 
     def build(**options: Any) -> Engine:
-        engines.append(Engine(Path("."), **{"loader": loader, "slots": 4, **options}))
+        engines.append(Engine(Path("."), **{"loader": loader, "build": torch_runner, "slots": 4, **options}))
         return engines[-1]
 
     yield build
@@ -169,8 +174,11 @@ def naive(model: GPT, prompt: list[int], n: int, eot: int | None = EOT) -> list[
 # --- exactness ---
 
 
-def test_requests_that_join_at_random_times_get_the_tokens_of_the_naive_generate(make: Callable[..., Engine]) -> None:
-    engine, rng = make(prefill_tokens=8), random.Random(1)
+@pytest.mark.parametrize("build", [torch_runner, build_runner], ids=["torch", "the best here"])
+def test_requests_that_join_at_random_times_get_the_tokens_of_the_naive_generate(
+    make: Callable[..., Engine], build: Any
+) -> None:
+    engine, rng = make(build=build, dtype="fp32", device="cpu", prefill_tokens=8), random.Random(1)
     served = engine.load(reference())
     jobs = []
     for _ in range(30):
@@ -197,10 +205,10 @@ requests = st.lists(
 )
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(requests=requests, slots=st.integers(1, 4), prefill=st.integers(1, 40))
 def test_any_schedule_gives_the_naive_tokens(requests: list[Any], slots: int, prefill: int) -> None:
-    engine = Engine(Path("."), loader=loader, slots=slots, prefill_tokens=prefill)
+    engine = Engine(Path("."), loader=loader, build=torch_runner, slots=slots, prefill_tokens=prefill)
     try:
         served = engine.load(reference())
         jobs = []
@@ -391,7 +399,7 @@ def test_logits_that_are_not_numbers_end_their_own_sequence_only(fake: Callable[
     assert drain(good)[0] == [4, 5, 6, 7, 8]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_every_sequence_gets_one_last_event_and_gives_its_slot_back(data: st.DataObject) -> None:
     runner = FakeRunner(slots=data.draw(st.integers(1, 3)))

@@ -83,15 +83,32 @@ def test_a_slot_is_used_again_from_position_0() -> None:
     torch.testing.assert_close(feed(runner, short, 0, [1, 1, 1]), whole(model, short), atol=2e-5, rtol=1e-5)
 
 
+def test_numbers_that_are_none_stay_in_their_sequence() -> None:
+    model = tiny()
+    with torch.no_grad():
+        model.transformer["wte"].weight[13] = float("nan")
+        model.lm_head.weight = torch.nn.Parameter(tiny().lm_head.weight.detach().clone())
+    runner, ids = TorchRunner(model, slots=2), [1, 2, 3]
+    assert feed(runner, [13] * 30, 0, [30]).isnan().all()
+    feed(runner, ids, 0, [3])
+    feed(runner, list(range(20)), 1, [20])
+    logits = runner.rows([4, 5], [0, 1], [3, 20], [0, 1])  # slot 0 is padded to the span of slot 1
+    torch.testing.assert_close(logits[0], whole(tiny(), [*ids, 4])[-1], atol=2e-5, rtol=1e-5)
+
+
 def test_the_last_position_of_the_context_can_be_used() -> None:
     ids = [i % V for i in range(40)]
     torch.testing.assert_close(feed(TorchRunner(tiny(), 1), ids, 0, [39, 1]), whole(tiny(), ids), atol=2e-5, rtol=1e-5)
 
 
 def test_bf16_stays_near_fp32() -> None:
-    ids = [(i * 5) % V for i in range(30)]
-    expected = whole(tiny(), ids)
-    logits = feed(TorchRunner(tiny(), 2, dtype="bf16"), ids, 0, [20, *[1] * 10])
+    texts = [[(i * 5 + j) % V for i in range(30)] for j in range(3)]
+    runner, model = TorchRunner(tiny(), 3, dtype="bf16"), tiny()
+    for slot, ids in enumerate(texts):
+        feed(runner, ids[:20], slot, [12, 8])
+    for p in range(20, 30):
+        logits = runner.rows([ids[p] for ids in texts], [0, 1, 2], [p] * 3, [0, 1, 2])
+    expected = torch.stack([whole(model, ids)[-1] for ids in texts])
     assert logits.dtype == torch.float32
     assert (logits - expected).abs().max() < 0.05 * expected.abs().max()
 
@@ -122,7 +139,7 @@ def test_a_device_that_is_not_here_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_torch_runner_serves_where_the_native_one_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(building, "_native", lambda model, options: (None, "a test"))
+    monkeypatch.setattr(building, "_native", lambda *_: (None, "a test"))
     runner, reason = build_runner(tiny(), RunnerOptions(device="cpu", slots=3))
     assert (runner.name, runner.device, runner.dtype, runner.slots, reason) == ("torch", "cpu", "fp32", 3, "a test")
     with pytest.raises(ValueError, match="int8"):
