@@ -127,7 +127,7 @@ class Interpreter:
         self.memo: dict[int, Any] = {}
         self.do: dict[str, Callable[[Any], None]] = {
             **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"), self.stack.append),
-            "PROTO": lambda _: None,
+            "PROTO": self.protocol,
             "NONE": lambda _: self.stack.append(None),
             "NEWTRUE": lambda _: self.stack.append(True),
             "NEWFALSE": lambda _: self.stack.append(False),
@@ -162,6 +162,10 @@ class Interpreter:
                 raise Refused(f"has a data.pkl with the operation {operation.name}, which torch.save does not write")
             self.do[operation.name](argument)
         raise Refused("has a data.pkl without an end")
+
+    def protocol(self, version: int) -> None:
+        if version != 2:
+            raise Refused(f"has a data.pkl of protocol {version}; torch.save writes protocol 2")
 
     def top(self, n: int) -> list[Any]:
         if len(self.stack) - (self.marks[-1] if self.marks else 0) < n:

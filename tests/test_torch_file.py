@@ -239,6 +239,7 @@ HUGE = b"\x8a\x06" + (2**40).to_bytes(6, "little")
         (b"\x8c\x01a", "operation SHORT_BINUNICODE"),
         (b"S'a'\n", "operation STRING"),
         (b"\x93", "operation STACK_GLOBAL"),
+        (b"\x80\x04", "protocol 4; torch.save writes protocol 2"),
         (b"h\x05", "damaged data.pkl"),
         (b"t", "damaged data.pkl"),
         (b"K\x01(\x85", "damaged data.pkl"),
