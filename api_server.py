@@ -38,6 +38,7 @@ log = logging.getLogger("server")
 
 TITLE = "Language model API server"
 VERSION = "0.1.0"
+FIRST_LOAD_WAIT = 15.0  # seconds; well below gunicorn's patience with a worker that starts
 BOOT_ERROR = 3  # gunicorn's exit code of a worker that cannot start; the server then ends, too
 
 
@@ -97,9 +98,14 @@ class ServerProcess:
         self._context = context
 
     def started(self, age: int) -> None:
-        """Load the model in a thread, so that /health answers meanwhile."""
+        """Load the model; one that takes longer than FIRST_LOAD_WAIT goes on loading while /health says so.
+
+        Until this returns connections wait in the listen queue, so a client's first request finds a model.
+        """
         self._context.loader.begin_start()
-        threading.Thread(target=self._load, args=(age > 1,), name="load", daemon=True).start()
+        load = threading.Thread(target=self._load, args=(age > 1,), name="load", daemon=True)
+        load.start()
+        load.join(FIRST_LOAD_WAIT)
 
     def _load(self, again: bool) -> None:
         try:
