@@ -105,7 +105,8 @@ class CausalSelfAttention(nn.Module):
         else:
             y = cache.attend(self.layer, q, k, v)
         y = y.transpose(1, 2).reshape(B, T, C)
-        return self.resid_dropout(self.c_proj(y))
+        out: Tensor = self.resid_dropout(self.c_proj(y))
+        return out
 
 
 class MLP(nn.Module):
@@ -117,7 +118,8 @@ class MLP(nn.Module):
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.c_proj(self.activation(self.c_fc(x))))
+        out: Tensor = self.dropout(self.c_proj(self.activation(self.c_fc(x))))
+        return out
 
 
 class Block(nn.Module):
@@ -130,7 +132,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
         x = x + self.attn(self.ln_1(x), cache)
-        return x + self.mlp(self.ln_2(x))
+        x = x + self.mlp(self.ln_2(x))
+        return x
 
 
 def embedding(rows: int, width: int) -> nn.Embedding:
@@ -144,9 +147,10 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
+        wte = embedding(config.vocab_size, config.n_embd)
         self.transformer = nn.ModuleDict(
             {
-                "wte": embedding(config.vocab_size, config.n_embd),
+                "wte": wte,
                 "wpe": embedding(config.block_size, config.n_embd),
                 "drop": nn.Dropout(config.dropout),
                 "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
@@ -155,7 +159,7 @@ class GPT(nn.Module):
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
-            self.lm_head.weight = self.transformer["wte"].weight
+            self.lm_head.weight = wte.weight
         if not self.lm_head.weight.is_meta:  # a meta model has no numbers yet: it is about to be given some
             self.reset_parameters()
 
@@ -177,7 +181,7 @@ class GPT(nn.Module):
     def num_params(self, embeddings: bool = True) -> int:
         """Return the number of parameters, the position embedding left out if not `embeddings` (as nanoGPT counts)."""
         n = sum(p.numel() for p in self.parameters())
-        return n if embeddings else n - self.transformer["wpe"].weight.numel()
+        return n if embeddings else n - self.config.block_size * self.config.n_embd
 
     def flops_per_token(self, T: int) -> int:
         """Return the floating point operations of forward and backward for one token in a context of T.
@@ -205,11 +209,12 @@ class GPT(nn.Module):
             if T > self.config.block_size:
                 raise ValueError(f"{T} tokens do not fit the context of {self.config.block_size}")
             positions = torch.arange(T, device=idx.device)
-        x = self.transformer["wte"](idx) + self.transformer["wpe"](positions)
+        x: Tensor = self.transformer["wte"](idx) + self.transformer["wpe"](positions)
         x = self.transformer["drop"](x)
-        for block in self.transformer["h"]:
+        for block in self.transformer["h"].children():
             x = block(x, cache)
-        return self.transformer["ln_f"](x)
+        x = self.transformer["ln_f"](x)
+        return x
 
     def forward(
         self,
