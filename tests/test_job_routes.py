@@ -5,6 +5,8 @@ import io
 import pytest
 from fakes import FakeServer, byte_tokenizer, events
 
+from storage.errors import Unreachable
+
 TRAIN = {"dataset": "shakesphere", "output_dir": "out/shakespeare_model", "model_type": "gpt2", "batch_size": 4}
 TRAIN |= {"learning_rate": 3e-5, "max_iters": 20, "eval_interval": 5}
 
@@ -59,6 +61,15 @@ def test_a_wrong_training_is_refused_by_name(server, wrong, words):
     reply = server.post("/api/train", TRAIN | wrong)
     assert reply.status_code == 400 and words in reply.json["error"]
     assert server.get("/api/jobs").json == {"jobs": []}
+
+
+def test_a_model_that_cannot_be_fetched_is_no_fault_of_the_server(server, monkeypatch):
+    def fail(config):
+        raise Unreachable("gpt2 is not on this machine and the hub does not answer")
+
+    monkeypatch.setattr(server.jobs, "create", fail)
+    reply = server.post("/api/train", TRAIN)
+    assert reply.status_code == 422 and "hub" in reply.json["error"]
 
 
 def test_jobs_are_listed_and_described(server):

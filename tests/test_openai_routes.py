@@ -302,7 +302,7 @@ def test_tokenize_refuses_what_it_cannot(tmp_path):
         ("POST", "/v1/embeddings"),
         ("POST", "/v1/files"),
         ("GET", "/v1/files/file-1/content"),
-        ("GET", "/v1/fine_tuning/jobs?limit=-1"),
+        ("POST", "/v1/fine_tuning/jobs"),
         ("POST", "/v1/fine_tuning/jobs/1/cancel"),
     ],
 )

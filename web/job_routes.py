@@ -13,6 +13,7 @@ from flask_openapi3.models.tag import Tag
 
 from storage import datasets as stored
 from storage import uploads
+from storage.errors import Unreachable
 from storage.registry import resolve
 from training import metrics as training_metrics
 from training.config import TrainConfig
@@ -54,7 +55,10 @@ def _allow_large_uploads() -> None:
 @routes.post("/api/train", responses={200: Training, 404: Error, 409: Error, 422: Error})
 def train(body: TrainConfig) -> dict[str, Any]:
     """Start a training job, or queue it behind another."""
-    job = context().jobs.create(body).describe()
+    try:
+        job = context().jobs.create(body).describe()
+    except Unreachable as error:  # the server is well; it is this job that cannot be
+        raise Refused(422, str(error)) from None
     started = job["process_id"] is not None
     return {
         "message": "Training started" if started else "Training queued",

@@ -30,7 +30,6 @@ from web.openai_schemas import (
 )
 
 ERRORS: dict[str | int | HTTPStatus, Any] = dict.fromkeys((400, 401, 403, 404, 415, 429, 503), OpenAIError)
-NOT_YET = ("POST", "GET", "DELETE")
 
 routes = APIBlueprint("openai", __name__, abp_tags=[Tag(name="OpenAI")], abp_responses=ERRORS)
 
@@ -190,6 +189,10 @@ def _not_yet(rest: str = "") -> Response:
     )
 
 
-for _prefix in ("/v1/files", "/v1/fine_tuning/jobs"):
-    routes.add_url_rule(_prefix, _prefix.replace("/", "_"), _not_yet, methods=NOT_YET)
-    routes.add_url_rule(f"{_prefix}/<path:rest>", _prefix.replace("/", "_") + "_rest", _not_yet, methods=NOT_YET)
+for _rule, _methods in {
+    "/v1/files": ("POST", "GET"),
+    "/v1/files/<path:rest>": ("GET", "DELETE"),
+    "/v1/fine_tuning/jobs": ("POST",),
+    "/v1/fine_tuning/jobs/<path:rest>": ("GET", "POST"),
+}.items():
+    routes.add_url_rule(_rule, _rule.translate(str.maketrans("/<:>", "____")), _not_yet, methods=_methods)

@@ -125,8 +125,11 @@ $("prompt").addEventListener("keydown", (event) => {
 
 const millions = (n) => (n >= 1e9 ? `${(n / 1e9).toFixed(2)} billion` : `${(n / 1e6).toFixed(1)} million`);
 
+let served = ""; // the id of the loaded model
+
 function showStatus(status) {
   const model = status.model;
+  served = model?.id ?? "";
   $("status").className = model ? "ok" : "";
   $("status").textContent = model ? `${model.id} on ${model.device}` : "no model loaded";
   $("unload").disabled = !model;
@@ -160,7 +163,8 @@ async function refreshModels() {
   const pretrained = el("optgroup", { label: "Pretrained" });
   pretrained.append(...names.toReversed().map((name) => option(name, { model_type: name })));
   $("models").replaceChildren(...(runs.length ? [trained] : []), pretrained);
-  if (chosen) $("models").value = chosen;
+  const serving = [...$("models").options].find((entry) => entry.text === served);
+  $("models").value = chosen || serving?.value || $("models").value;
   return names;
 }
 
@@ -228,6 +232,7 @@ async function refreshJobs() {
   lastStates = states;
   $("job-rows").replaceChildren(...jobs.flatMap(jobRow));
   $("no-jobs").hidden = jobs.length > 0;
+  $("job-table").hidden = !jobs.length;
   const current = jobs.find((job) => job.state === "running");
   if (!shown && current) shown = { name: current.name, rows: [], after: -1 };
   if (shown && !jobs.some((job) => job.name === shown.name)) shown = null;
@@ -324,6 +329,7 @@ async function repeat(refresh, seconds) {
 }
 
 async function start() {
+  await refreshStatus();
   const names = await refreshModels();
   const presets = ["nano", "micro", "mini"];
   const types = [...presets.map((n) => [`${n}, from scratch`, n]), ...names.map((n) => [`${n}, fine-tuned`, n])];
