@@ -15,7 +15,6 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,20 +32,20 @@ from storage.registry import pretrained_names
 from storage.runs import Run, Workspace
 from storage.tokenizer import Tokenizer
 from storage.tokenizer_choice import tokenizer_for
-from training import generators
 from training.command_line import parse
 from training.config import ConfigError, TrainConfig, resolve
-from training.hardware import process_memory
+from training.hardware import choose_device, choose_dtype, process_memory
 from training.outcome import Diverged, Outcome
 from training.progress import PreparationLine
-from training.report import Report, Work, losses
+from training.report import Report, losses
+from training.resumption import require_resumable, warn_of_differences
 from training.run_folder import claim
 from training.schedule import learning_rate
-from training.starting_point import check_fit, reference
+from training.starting_point import check_fit, reference, require_memory, shorter_context
 from training.stop_signal import StopSignal
 from training.windows import Tokens, WindowOrder, gather
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAMPLE_TEMPERATURE, SAMPLE_TOP_K, PROMPT_TOKENS = 0.8, 40, 16
 NO_LOSS = 1e9  # nanoGPT's best_val_loss before there is one
 
@@ -59,15 +58,6 @@ class Team:
         if self.world > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
-    @contextlib.contextmanager
-    def first_alone(self) -> Iterator[None]:
-        """Let process 0 run a block before the others do: it prepares what they then find."""
-        if self.world > 1 and self.rank > 0:
-            dist.barrier()
-        yield
-        if self.world > 1 and self.rank == 0:
-            dist.barrier()
-
     def sum(self, value: float) -> float:
         """Return the sum of a number over all processes, in float64."""
         total = torch.tensor(value, dtype=torch.float64)
@@ -75,101 +65,71 @@ class Team:
             dist.all_reduce(total)
         return total.item()
 
-    def gather(self, value: Any) -> list[Any]:
-        """Return every process's value, in order of rank."""
-        values = [value] * self.world
-        if self.world > 1:
-            dist.all_gather_object(values, value)
-        return values
-
 
 @dataclass(frozen=True)
 class Machine:
     """Where the arithmetic happens, and in which precision."""
 
     device: torch.device
+    name: str  # the maker's
     dtype: str
 
     @classmethod
     def of(cls, config: TrainConfig) -> "Machine":
         """Return the machine that the config asks for. Raises ConfigError if it is not there."""
-        cuda, mps, name = torch.cuda.is_available(), torch.backends.mps.is_available(), config.device
-        if name == "auto":
-            name = "cuda" if cuda else "mps" if mps else "cpu"
-        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
-        if (device.type == "mps" and not mps) or (device.index or 0) >= max(1, torch.cuda.device_count()):
-            raise ConfigError(f"device is {name}, which this machine does not have; use cpu or auto")
-        if device.type == "cuda":
-            if not cuda:
-                raise ConfigError(f"device is {name}, and this machine has no CUDA device; use cpu or auto")
-            torch.cuda.set_device(device)
-        has_bf16 = {"cpu": torch.cpu._is_avx512_bf16_supported, "cuda": torch.cuda.is_bf16_supported}
-        bf16 = device.type in has_bf16 and has_bf16[device.type]()
-        dtype = config.dtype if config.dtype != "auto" else "bf16" if bf16 else "fp32"
-        if dtype == "fp16" and device.type != "cuda":
-            raise ConfigError("dtype is fp16, which needs a CUDA device; use bf16, fp32 or auto")
+        there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+        device = torch.device(choose_device(config.device, there, int(os.environ.get("LOCAL_RANK", 0))))
+        bf16 = {"cuda": torch.cuda.is_bf16_supported, "cpu": torch.cpu._is_avx512_bf16_supported, "mps": bool}
+        dtype = choose_dtype(config.dtype, device.type, bf16[device.type]())
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        return cls(device, dtype)
+        if device.type != "cuda":
+            return cls(device, device.type, dtype)
+        torch.cuda.set_device(device)
+        return cls(device, torch.cuda.get_device_name(device), dtype)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context of a forward pass."""
-        plain = self.dtype == "fp32"
-        return contextlib.nullcontext() if plain else torch.autocast(self.device.type, DTYPES[self.dtype])
+        return torch.autocast(self.device.type, DTYPES[self.dtype], enabled=self.dtype != "fp32")
 
     def memory_bytes(self) -> int:
         """Return the most memory held so far: the device's on a GPU, the process's elsewhere."""
         return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else process_memory()
 
-    def name(self) -> str:
-        """Return the maker's name of the device."""
-        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
-
-    def generators(self) -> dict[str, Any]:
-        """Return the state of every global generator."""
-        cuda = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
-        return generators.state() | {"torch": torch.get_rng_state(), "cuda": cuda}
-
-    def restore_generators(self, saved: dict[str, Any]) -> None:
-        """Put every global generator back to a saved state."""
-        generators.restore(saved)
-        torch.set_rng_state(saved["torch"])
-        if saved["cuda"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(saved["cuda"])
-
 
 def start(config: TrainConfig, workspace: Workspace, run: Run, first: bool) -> tuple[GPT, Tokenizer, dict[str, Any]]:
-    """Return model and tokenizer, and the saved state if this resumes a run, else {}."""
+    """Return model and tokenizer, and the saved state if this resumes a run, else {}.
+
+    The tokenizer goes into the run's folder, so that the run can be served without its dataset.
+    """
     weights, state = None, {}
     if config.init_from == "resume":
         path = checkpoints.newest_valid(run, print)
         print(f"resuming from {run.relative}/{path.name}")
         state = checkpoints.load_training_state(path)
+        require_resumable(state, path.name)
         shape = GPTConfig(**state["model_args"], activation=state["activation"], tied=state["tied"])
-        weights, text = state.pop("model"), tokenizer.load(run.tokenizer)
+        weights = state.pop("model")
     elif config.init_from == "scratch":
-        data = dataset(workspace, config.dataset)
-        text = (
-            tokenizer_for(config.tokenizer, data, workspace, PreparationLine())
-            if first
-            else tokenizer.load(run.tokenizer)
-        )
-        sizes = ("n_layer", "n_head", "n_embd", "block_size", "bias", "dropout")
+        if first:
+            data = dataset(workspace, config.dataset)
+            tokenizer_for(config.tokenizer, data, workspace, PreparationLine()).save(run.tokenizer)
+        text, sizes = tokenizer.load(run.tokenizer), ("n_layer", "n_head", "n_embd", "block_size", "bias", "dropout")
         vocab_size = 50304 if text.name == "gpt2" else text.n_vocab  # 50 257, and up to a size that is fast
         shape = GPTConfig(vocab_size=vocab_size, **{name: getattr(config, name) for name in sizes})
+        require_memory(shape.n_layer, shape.n_embd, shape.block_size, vocab_size)
     else:
-        loaded = checkpoints.load_model(reference(config, workspace), workspace)
-        weights, text, shape = loaded.model.state_dict(), loaded.tokenizer, loaded.model.config
-        block_size = config.block_size or shape.block_size
-        if block_size > shape.block_size:
-            raise ConfigError(f"block_size is {block_size}; the model's context is {shape.block_size}")
-        shape = replace(shape, block_size=block_size, dropout=config.dropout or 0.0)
-        weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:block_size]
+        loaded = checkpoints.load_model(reference(config, workspace), workspace, print)
+        if first:
+            loaded.tokenizer.save(run.tokenizer)
+        weights, shape = loaded.model.state_dict(), loaded.model.config
+        shape = replace(shape, block_size=shorter_context(config, shape.block_size), dropout=config.dropout or 0.0)
+        weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: shape.block_size]
     torch.manual_seed(config.seed)
     model = GPT(shape)
     if weights is not None:
         model.load_state_dict(weights)
-    return model, text, state
+    return model, tokenizer.load(run.tokenizer), state
 
 
 def optimizers(config: TrainConfig, model: GPT) -> dict[str, torch.optim.Optimizer]:
@@ -180,9 +140,8 @@ def optimizers(config: TrainConfig, model: GPT) -> dict[str, torch.optim.Optimiz
     groups, decay = model.parameter_groups(config.weight_decay), config.weight_decay
     found: dict[str, torch.optim.Optimizer] = {}
     if config.optimizer == "muon":
-        matrices = [p for p in model.transformer["h"].parameters() if p.dim() == 2]
-        ids = {id(p) for p in matrices}
-        groups = [group | {"params": [p for p in group["params"] if id(p) not in ids]} for group in groups]
+        matrices = {p: None for p in model.transformer["h"].parameters() if p.dim() == 2}  # a set in order
+        groups = [group | {"params": [p for p in group["params"] if p not in matrices]} for group in groups]
         found["muon"] = torch.optim.Muon(matrices, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
     found["adamw"] = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=True)
     return found
@@ -191,8 +150,8 @@ def optimizers(config: TrainConfig, model: GPT) -> dict[str, torch.optim.Optimiz
 class Trainer:
     """A run in memory: everything that the next iteration depends on."""
 
-    def __init__(self, config: TrainConfig, machine: Machine, team: Team, model: GPT, splits: Splits):
-        self.config, self.machine, self.team, self.splits = config, machine, team, splits
+    def __init__(self, config: TrainConfig, machine: Machine, team: Team, model: GPT, splits: Splits, stop: StopSignal):
+        self.config, self.machine, self.team, self.splits, self.stop = config, machine, team, splits, stop
         self.window = config.window or model.config.block_size
         self.model = model.to(machine.device)
         self.optimizers = optimizers(config, self.model)
@@ -201,8 +160,12 @@ class Trainer:
         if team.world > 1:
             self.forward = DistributedDataParallel(self.forward)
         self.order = WindowOrder(len(splits.train), self.window, config.seed)
-        self.iter_num, self.best_val_loss, self.seconds = 0, NO_LOSS, 0.0
-        torch.manual_seed(config.seed + team.rank)  # dropout differs between processes
+        self.iter_num, self.evaluated, self.seconds = 0, -1, 0.0
+        self.best_val_loss: float | None = None
+
+    def interrupted(self) -> bool:
+        """Say whether to drop work that can be done again; several processes only stop together, after an iteration."""
+        return self.stop.requested and self.team.world == 1
 
     def batch(self, tokens: Tokens, starts: np.ndarray) -> tuple[Tensor, Tensor]:
         """Return inputs and targets (B, T) of the windows at `starts`; they travel in two bytes a token."""
@@ -210,15 +173,24 @@ class Trainer:
         if rows.max() >= self.model.config.vocab_size:
             raise ConfigError(f"the data has token {rows.max()}, beyond a vocabulary of {self.model.config.vocab_size}")
         windows = torch.from_numpy(rows).to(self.machine.device).long()
-        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+        return windows[:, :-1], windows[:, 1:].contiguous()
 
     def update(self) -> dict[str, float]:
-        """Make one iteration; return the loss before it, its learning rate and the gradient's norm."""
-        accumulation, world = self.config.gradient_accumulation_steps, self.team.world
-        share = np.array_split(self.order.next(accumulation * self.config.batch_size), world)[self.team.rank]
+        """Make one iteration; return the loss before it, its learning rate and the gradient's norm.
+
+        If it is interrupted between two steps, it has not happened, and {} is returned. Dropout's generator is
+        seeded anew by the iteration's number, so that there is none whose state a checkpoint has to hold.
+        """
+        began, before, world, rank = time.perf_counter(), self.order.state(), self.team.world, self.team.rank
+        accumulation = self.config.gradient_accumulation_steps
+        torch.manual_seed(int(np.random.SeedSequence((self.config.seed, self.iter_num, rank)).generate_state(1)[0]))
+        share = np.array_split(self.order.next(accumulation * self.config.batch_size), world)[rank]
         steps = np.array_split(share, accumulation // world if accumulation % world == 0 else accumulation)
         total = torch.zeros((), device=self.machine.device)
         for i, starts in enumerate(steps):
+            if i > 0 and self.interrupted():
+                self.order.restore(before)
+                return {}
             wait = world > 1 and i < len(steps) - 1  # processes exchange gradients in the last step only
             with self.forward.no_sync() if wait else contextlib.nullcontext(), self.machine.autocast():
                 loss = self.forward(*self.batch(self.splits.train, starts))[1] / len(steps)
@@ -227,7 +199,9 @@ class Trainer:
         loss = self.team.sum(total.item()) / world
         if not math.isfinite(loss):
             raise Diverged(f"the loss is {loss} at iteration {self.iter_num}; lower learning_rate")
-        return {"loss": loss, **self.step()}
+        result = {"loss": loss, **self.step()}
+        self.seconds += time.perf_counter() - began
+        return result
 
     def step(self) -> dict[str, float]:
         """Let the optimizers move the weights along the clipped gradients."""
@@ -247,42 +221,38 @@ class Trainer:
     @torch.no_grad()
     def loss_on(self, tokens: Tokens) -> float:
         """Return the mean loss on a split: the same windows each time, and no generator of the training is used."""
-        order, size = WindowOrder(len(tokens), self.window, self.config.seed), self.config.batch_size
+        order, size = WindowOrder(len(tokens), self.window, self.config.seed + 1), self.config.batch_size
         starts = order.next(min(self.config.eval_iters * size, len(order.order)))
         share, total = np.array_split(starts, self.team.world)[self.team.rank], 0.0
         self.model.eval()
-        for i in range(0, len(share), size):
+        for i in range(0, 0 if self.interrupted() else len(share), size):
             with self.machine.autocast():
                 loss = self.model(*self.batch(tokens, share[i : i + size]))[1]
             total += loss.item() * len(share[i : i + size])
         self.model.train()
         return self.team.sum(total) / len(starts)
 
-    def evaluate(self) -> tuple[dict[str, float], bool]:
-        """Return the losses on both splits, and whether val has never been better. Raises Diverged."""
+    def evaluate(self) -> tuple[dict[str, Any] | None, bool]:
+        """Return the losses on both splits if they are due, and whether val has never been better."""
+        due = self.iter_num % self.config.eval_interval == 0 or self.iter_num == self.config.max_iters
+        if not due or self.evaluated == self.iter_num:
+            return None, False
         train, val = self.loss_on(self.splits.train), self.loss_on(self.splits.val)
+        if self.interrupted():
+            return None, False
         if not math.isfinite(train + val):
             raise Diverged(f"the evaluated loss is {train + val} at iteration {self.iter_num}; lower learning_rate")
-        better = self.iter_num > 0 and val < self.best_val_loss
-        self.best_val_loss = val if better else self.best_val_loss
-        return losses(train, val, self.best(), self.splits.bytes_per_token), better
-
-    def best(self) -> float | None:
-        """Return the best validation loss so far."""
-        return self.best_val_loss if self.best_val_loss < NO_LOSS else None
+        better = self.iter_num > 0 and (self.best_val_loss is None or val < self.best_val_loss)
+        self.evaluated, self.best_val_loss = self.iter_num, val if better else self.best_val_loss
+        return losses(train, val, self.best_val_loss, self.splits.bytes_per_token), better
 
     def sample(self) -> tuple[str, str]:
         """Return a prompt and its continuation, from the same prompt and random numbers each time."""
-        text, given = self.splits.tokenizer, self.config.sample_prompt
-        ids = (
-            text.encode(given)[: self.model.config.block_size - 1]
-            if given
-            else self.splits.val[:PROMPT_TOKENS].tolist()
-        )
-        device, new = self.machine.device, self.config.sample_tokens
-        generator = torch.Generator(device).manual_seed(self.config.seed)
+        text, prompt, longest = self.splits.tokenizer, self.config.sample_prompt, self.model.config.block_size - 1
+        ids = (text.encode(prompt) if prompt else self.splits.val[:PROMPT_TOKENS].tolist())[:longest]
+        generator = torch.Generator(self.machine.device).manual_seed(self.config.seed)
+        idx, new = torch.tensor([ids], device=self.machine.device), self.config.sample_tokens
         with self.machine.autocast():
-            idx = torch.tensor([ids], device=device)
             idx = self.model.generate(idx, new, SAMPLE_TEMPERATURE, SAMPLE_TOP_K, generator, text.eot)
         self.model.train()
         return text.decode(ids), text.decode(idx[0, len(ids) :].tolist())
@@ -292,36 +262,28 @@ class Trainer:
         named = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
         if not all(p.isfinite().all() for p in self.model.parameters()):
             raise Diverged(f"a weight is no longer a number at iteration {self.iter_num}; lower learning_rate")
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": named["adamw"] if len(named) == 1 else named,
-            "model_args": self.model.config.model_args(),
-            "activation": self.model.config.activation,
-            "tied": self.model.config.tied,
-            "iter_num": self.iter_num,
-            "best_val_loss": self.best_val_loss,
-            "config": self.config.given(),
-            "scaler": self.scaler.state_dict(),
-            "rng": self.team.gather(self.machine.generators()),
-            "data_state": self.order.state(),
-            "seconds": self.seconds,
-            "made_by": {
-                "torch": str(torch.__version__),
-                "threads": torch.get_num_threads(),
-                "dtype": self.machine.dtype,
-            },
-        }
+        shape, best = self.model.config, NO_LOSS if self.best_val_loss is None else self.best_val_loss
+        weights = {"model": self.model.state_dict(), "optimizer": named["adamw"] if len(named) == 1 else named}
+        about = {"model_args": shape.model_args(), "activation": shape.activation, "tied": shape.tied}
+        reached = {"iter_num": self.iter_num, "best_val_loss": best, "evaluated": self.evaluated}
+        position = {"data_state": self.order.state(), "scaler": self.scaler.state_dict(), "seconds": self.seconds}
+        return weights | about | reached | position | {"config": self.config.given(), "made_by": self.made_by()}
+
+    def made_by(self) -> dict[str, Any]:
+        """Return what the last bits of a result depend on, beside the checkpoint."""
+        found = {"torch": str(torch.__version__), "threads": torch.get_num_threads(), "processes": self.team.world}
+        return found | {"device": self.machine.name, "dtype": self.machine.dtype}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's state; its weights are in the model already."""
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizer"] if len(self.optimizers) == 1 else state["optimizer"][name])
-        self.iter_num, self.best_val_loss = state["iter_num"], state["best_val_loss"]
+        self.iter_num, self.evaluated = state["iter_num"], state["evaluated"]
+        self.best_val_loss = state["best_val_loss"] if state["best_val_loss"] < NO_LOSS else None
         self.seconds = state["seconds"]
+        warn_of_differences(state["made_by"], self.made_by())
         self.order.restore(state["data_state"])
         self.scaler.load_state_dict(state["scaler"])
-        if len(state["rng"]) == self.team.world:
-            self.machine.restore_generators(state["rng"][self.team.rank])
 
 
 def save(trainer: Trainer, run: Run, best: bool) -> None:
@@ -336,37 +298,33 @@ def save(trainer: Trainer, run: Run, best: bool) -> None:
 def train(config: TrainConfig, workspace: Workspace, run: Run, team: Team, outcome: Outcome, stop: StopSignal) -> None:
     """Train: the whole of a run, from its data to its last checkpoint."""
     machine, first = Machine.of(config), team.rank == 0
-    with team.first_alone():
-        model, text, state = start(config, workspace, run, first)
-        if first and not state:
-            text.save(run.tokenizer)  # the run can be served without its dataset
-        splits = dataset(workspace, config.dataset).prepare(text, PreparationLine())
+    if not first:
+        team.sum(0)  # process 0 prepares what the others then find
+    model, text, state = start(config, workspace, run, first)
+    splits = dataset(workspace, config.dataset).prepare(text, PreparationLine())
+    if first:
+        team.sum(0)  # a sum waits for all
     check_fit(config, splits, model.config.vocab_size, model.config.block_size, team.world)
-    trainer = Trainer(config, machine, team, model, splits)
-    tokens = config.gradient_accumulation_steps * config.batch_size * trainer.window
-    work = Work(model.num_params(), tokens, tokens * model.flops_per_token(trainer.window), machine.name())
-    report = Report(run if first else None, config, work)
+    trainer = Trainer(config, machine, team, model, splits, stop)
+    report = Report(run if first else None, config, machine.name)
     if state:
         trainer.restore(state)
         report.resume(trainer.iter_num, trainer.seconds)
-    else:
-        report.first(trainer.evaluate()[0])
+    report.start(model.num_params(), trainer.window, model.flops_per_token(trainer.window))
 
-    saved, stop.looping = trainer.iter_num if state else None, True
-    while trainer.iter_num < config.max_iters and not team.sum(stop.requested):
-        began = time.perf_counter()
-        update = trainer.update()
-        trainer.seconds += time.perf_counter() - began
-        evaluation, best = None, False
-        if due := trainer.iter_num % config.eval_interval == 0 or trainer.iter_num == config.max_iters:
-            evaluation, best = trainer.evaluate()
-        outcome.reached(trainer.iter_num, trainer.best())
-        report.iteration(trainer.iter_num, update, trainer.seconds, machine.memory_bytes(), evaluation)
-        if due:
-            if first and config.sample_tokens:
+    update, saved, stop.looping = {}, trainer.iter_num if state else -1, True
+    while True:
+        evaluation, best = trainer.evaluate()
+        outcome.reached(trainer.iter_num, trainer.best_val_loss)
+        report.iteration(trainer.iter_num, update, evaluation, trainer.seconds, machine.memory_bytes())
+        if evaluation is not None and trainer.iter_num > 0:
+            if first and config.sample_tokens and not stop.requested:
                 report.sample(trainer.iter_num, *trainer.sample())
             save(trainer, run, best)
             saved = trainer.iter_num
+        if trainer.iter_num >= config.max_iters or team.sum(stop.requested):
+            break
+        update = trainer.update()
     if saved != trainer.iter_num:
         save(trainer, run, best=False)
     outcome.stopped = trainer.iter_num < config.max_iters
@@ -375,17 +333,16 @@ def train(config: TrainConfig, workspace: Workspace, run: Run, team: Team, outco
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit code: 0 for an end as asked, 1 a failure, 2 a refusal."""
     sys.stdout.reconfigure(line_buffering=True)
-    stop = StopSignal()
-    stop.install()
+    stop = StopSignal.installed()
     with Outcome() as outcome:
-        command = parse(sys.argv[1:] if argv is None else argv, Path(__file__).resolve().parent)
-        workspace = Workspace(command.root, command.pretrained_dir)
-        config = resolve(command.config, pretrained_names(workspace))
-        run = workspace.run_from_output_dir(config.output_dir)
-        team = Team()
+        config, workspace = parse(sys.argv[1:] if argv is None else argv, Path(__file__).resolve().parent)
+        config = resolve(config, pretrained_names(workspace))
+        run, team = workspace.run_from_output_dir(config.output_dir), Team()
         with claim(run, config) if team.rank == 0 else contextlib.nullcontext():
-            outcome.of(run, config)
+            outcome.of(run if team.rank == 0 else None, config)
             train(config, workspace, run, team, outcome, stop)
+    if dist.is_initialized():
+        dist.destroy_process_group()
     return outcome.exit_code
 
 

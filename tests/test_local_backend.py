@@ -61,6 +61,7 @@ def test_the_environment_holds_no_keys():
     server = {"PATH": "/bin", "LM_SERVER_API_KEY": "k", "HF_TOKEN": "t", "AWS_SECRET": "s", "PYTHONPATH": "/x"}
     server |= {"LD_PRELOAD": "x.so", "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1", "HF_HUB_TOKEN": "t"}
     plain = {"PATH": "/bin", "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    plain |= {"OMP_WAIT_POLICY": "passive"}
     assert environment(server, downloads=False) == plain
     assert environment(server, downloads=True) == plain | {"HF_TOKEN": "t"}
 

@@ -10,7 +10,6 @@ then checked by TrainConfig, like any other.
 
 import argparse
 import contextlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,6 @@ from storage.errors import StorageError
 from storage.files import read_json
 from storage.runs import Workspace
 from training.config import ConfigError, TrainConfig, choices
-
-
-@dataclass(frozen=True)
-class Command:
-    """What the command line asks for."""
-
-    config: TrainConfig
-    root: Path
-    pretrained_dir: Path | None
 
 
 def _help(name: str) -> str:
@@ -87,8 +77,11 @@ def _read(file: Path) -> dict[str, Any]:
     return fields
 
 
-def parse(argv: list[str], root: Path) -> Command:
-    """Return the command. Raises ConfigError; argparse itself ends the process for --help and unknown flags."""
+def parse(argv: list[str], root: Path) -> tuple[TrainConfig, Workspace]:
+    """Return config and workspace, in `root` unless told otherwise. Raises ConfigError.
+
+    argparse itself ends the process for --help and unknown flags.
+    """
     given = vars(_parser(root).parse_args([_with_underscores(part) for part in argv]))
     file, folder, pretrained_dir = given.pop("config"), given.pop("root"), given.pop("pretrained_dir")
     flags = {name: _value(name, text) for name, text in given.items()}
@@ -99,7 +92,7 @@ def parse(argv: list[str], root: Path) -> Command:
     if fields.get("output_dir") is None and fields.get("dataset") is not None:
         model = fields.get("model_type") or fields.get("init_from") or "nano"
         fields["output_dir"] = f"out/{fields['dataset']}-{model}"
-    return Command(TrainConfig.parse(fields), folder, pretrained_dir)
+    return TrainConfig.parse(fields), Workspace(folder.resolve(), pretrained_dir)
 
 
 def to_argv(config: TrainConfig) -> list[str]:

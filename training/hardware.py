@@ -1,6 +1,9 @@
-"""What the hardware could do, to set what it does beside it: peak arithmetic, and memory. No torch here."""
+"""What the hardware is and could do: which device and precision a run gets, peak arithmetic, memory. No torch here."""
 
 import resource
+from collections.abc import Mapping
+
+from training.strict_model import ConfigError
 
 # Dense bf16 operations per second, from the makers' data sheets.
 BF16_PEAK = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
@@ -24,3 +27,26 @@ def available_memory() -> int | None:
     except OSError:
         return None
     return int(fields["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in fields else None
+
+
+def choose_device(asked: str, there: Mapping[str, int], local_rank: int) -> str:
+    """Return the device that `asked` means where `there` are so many of each kind, best kind first.
+
+    "cuda" is the one of this process's number. Raises ConfigError if it is not there.
+    """
+    kind, _, number = asked.partition(":")
+    if kind == "auto":
+        kind = next(kind for kind, count in there.items() if count > 0)
+    index = int(number) if number else local_rank if kind == "cuda" else 0
+    if index >= there[kind]:
+        raise ConfigError(f"device is {asked}, and this machine has {there[kind]} {kind} devices; use cpu or auto")
+    return f"cuda:{index}" if kind == "cuda" else kind
+
+
+def choose_dtype(asked: str, kind: str, has_bf16: bool) -> str:
+    """Return the precision of forward passes on a kind of device. Raises ConfigError for one it cannot have."""
+    if asked == "auto":
+        return "bf16" if has_bf16 else "fp32"
+    if asked == "fp16" and kind != "cuda":
+        raise ConfigError(f"dtype is fp16, which needs a cuda device and this is {kind}; use bf16, fp32 or auto")
+    return asked

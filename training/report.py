@@ -5,7 +5,6 @@ It decides when a row is due and computes speeds; it never touches the training.
 
 import math
 import time
-from dataclasses import dataclass
 from typing import Any
 
 from storage.runs import Run
@@ -13,16 +12,6 @@ from training import metrics
 from training.config import TrainConfig
 from training.hardware import bf16_peak
 from training.progress import ProgressLine, quantity
-
-
-@dataclass(frozen=True)
-class Work:
-    """What one iteration is made of."""
-
-    parameters: int
-    tokens: int
-    flops: float  # forward and backward, of the whole iteration
-    device_name: str
 
 
 def losses(train_loss: float, val_loss: float, best_val_loss: float, bytes_per_token: float) -> dict[str, Any]:
@@ -39,13 +28,14 @@ def losses(train_loss: float, val_loss: float, best_val_loss: float, bytes_per_t
 class Report:
     """The reports of one run, appended to its folder; without a run (a process other than 0) it does nothing."""
 
-    def __init__(self, run: Run | None, config: TrainConfig, work: Work):
-        self.run, self.work = run, work
+    def __init__(self, run: Run | None, config: TrainConfig, device_name: str):
+        self.run, self.peak = run, bf16_peak(device_name)
         self.log_interval, self.max_iters = config.log_interval, int(config.max_iters or 0)
+        self.batch = int(config.batch_size or 1) * int(config.gradient_accumulation_steps or 1)  # windows per iteration
         self.line = ProgressLine(self.max_iters)
-        self.peak = bf16_peak(work.device_name)
         self.val_loss: float | None = None
         self.since = (0, 0.0)  # iter_num and seconds at the last row
+        self.tokens = self.flops = 0  # of one iteration
 
     def resume(self, iter_num: int, seconds: float) -> None:
         """Go on after `iter_num` iterations; what was reported after them will come again."""
@@ -54,35 +44,37 @@ class Report:
             metrics.cut(self.run.metrics, iter_num)
             metrics.cut(self.run.samples, iter_num)
 
+    def start(self, parameters: int, window: int, flops_per_token: int) -> None:
+        """Tell the size of the model, of a window, and the operations for a token, forward and backward."""
+        self.tokens = self.batch * window
+        self.flops = self.tokens * flops_per_token
+        if self.run is not None:
+            self.line.say(f"{quantity(parameters)} parameters, {quantity(self.tokens)} tokens per iteration")
+
     def iteration(
-        self, iter_num: int, update: dict[str, Any], seconds: float, memory: int, evaluation: dict[str, Any] | None
+        self, iter_num: int, update: dict[str, Any], evaluation: dict[str, Any] | None, seconds: float, memory: int
     ) -> None:
-        """Report an iteration: `update` has its loss, rate and norm; `seconds` of training have passed in all."""
-        if self.run is None:
-            return
+        """Report an iteration: its loss, rate and norm ({} before the first), and an evaluation if there was one.
+
+        `seconds` of training have passed in all, evaluations not counted.
+        """
         if evaluation is not None:
             self.val_loss = evaluation["val_loss"]
-        due = evaluation is not None or iter_num % self.log_interval == 0
-        if not due and not self.line.terminal:
+        due = evaluation is not None or (bool(update) and iter_num % self.log_interval == 0)
+        if self.run is None or not (due or (update and self.line.terminal)):
             return
-        speed = (iter_num - self.since[0]) / max(seconds - self.since[1], 1e-9)  # iterations per second
-        tokens_per_second, left = speed * self.work.tokens, (self.max_iters - iter_num) / speed
-        self.line.show(iter_num, update["loss"], self.val_loss, tokens_per_second, left)
+        row = {"iter_num": iter_num, **update}
+        if update:
+            speed = (iter_num - self.since[0]) / max(seconds - self.since[1], 1e-9)  # iterations per second
+            row |= {"tokens_per_second": speed * self.tokens, "seconds_left": (self.max_iters - iter_num) / speed}
+            row |= {"mfu": None if self.peak is None else speed * self.flops / self.peak}
+            self.line.show(iter_num, row["loss"], self.val_loss, row["tokens_per_second"], row["seconds_left"])
+        elif evaluation is not None:
+            self.line.say(f"at iteration {iter_num}: val {self.val_loss:.4f}")
         if due:
-            row = {"iter_num": iter_num, **update, "tokens_per_second": tokens_per_second, "seconds_left": left}
-            row |= {"mfu": None if self.peak is None else speed * self.work.flops / self.peak}
             row |= {"elapsed_seconds": seconds, "memory_bytes": memory, "time": time.time(), **(evaluation or {})}
             metrics.append(self.run.metrics, row)
             self.since = (iter_num, seconds)
-
-    def first(self, evaluation: dict[str, Any]) -> None:
-        """Report the evaluation before the first iteration."""
-        if self.run is None:
-            return
-        self.line.say(f"{quantity(self.work.parameters)} parameters, {quantity(self.work.tokens)} tokens per iteration")
-        self.val_loss = evaluation["val_loss"]
-        self.line.say(f"before training: train {evaluation['train_loss']:.4f}  val {evaluation['val_loss']:.4f}")
-        metrics.append(self.run.metrics, {"iter_num": 0, "time": time.time(), **evaluation})
 
     def sample(self, iter_num: int, prompt: str, text: str) -> None:
         """Report a text sample: a row in samples.jsonl, and one line in the log."""

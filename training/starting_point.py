@@ -4,6 +4,7 @@ from storage import registry
 from storage.datasets import Splits
 from storage.runs import Workspace
 from training.config import ConfigError, TrainConfig
+from training.disk_space import parameters
 from training.hardware import available_memory
 
 
@@ -41,3 +42,20 @@ def check_fit(config: TrainConfig, splits: Splits, vocab_size: int, context: int
     if available is not None and 3 * logits > available:  # logits, their softmax and their gradient
         need = f"{3 * logits / 1e9:.1f} GB for the logits alone, and {available / 1e9:.1f} GB are free"
         raise ConfigError(f"batch_size {size} with windows of {window} needs {need}; lower batch_size or window")
+
+
+def shorter_context(config: TrainConfig, context: int) -> int:
+    """Return the context of a trained model, lowered if the config says so. Raises ConfigError for a longer one."""
+    block_size = context if config.block_size is None else config.block_size
+    if block_size > context:
+        raise ConfigError(f"block_size is {block_size}; it must be at most the model's context of {context}")
+    return block_size
+
+
+def require_memory(n_layer: int, n_embd: int, block_size: int, vocab_size: int) -> None:
+    """Raise ConfigError for a model whose weights, gradients and moments are more than the memory there is."""
+    size = 16 * parameters(n_layer, n_embd, block_size, vocab_size)
+    available = available_memory()
+    if available is not None and size > available:
+        shape = f"a model of {n_layer} layers and width {n_embd}"
+        raise ConfigError(f"{shape} needs {size / 1e9:.1f} GB to train, and {available / 1e9:.1f} GB are free")

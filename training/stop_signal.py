@@ -6,6 +6,7 @@ the run at once. A second SIGINT always does.
 
 import signal
 from types import FrameType
+from typing import Self
 
 
 class Stopped(BaseException):
@@ -19,10 +20,13 @@ class StopSignal:
         self.requested = False
         self.looping = False  # set by the training loop, which then looks at `requested` itself
 
-    def install(self) -> None:
-        """Receive SIGTERM and SIGINT from here on; only the main thread may call this."""
+    @classmethod
+    def installed(cls) -> Self:
+        """Return one that receives SIGTERM and SIGINT from here on; only the main thread may call this."""
+        made = cls()
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._received)
+            signal.signal(number, made._received)
+        return made
 
     def _received(self, number: int, frame: FrameType | None) -> None:
         again, self.requested = self.requested, True

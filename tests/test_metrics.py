@@ -1,0 +1,123 @@
+"""Metrics, progress and data order: what a run tells of itself, and which windows it sees."""
+
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+
+from training import metrics
+from training.progress import PreparationLine, ProgressLine, bar, duration, quantity
+from training.report import losses
+from training.windows import WindowOrder, gather
+
+# ---- metrics.jsonl
+
+
+def test_rows_are_read_as_they_were_written_and_nan_is_null(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for i in range(3):
+        metrics.append(path, {"iter_num": i, "loss": 0.1 + 0.2 if i else math.nan})
+    assert metrics.read(path) == [{"iter_num": 0, "loss": None}, *({"iter_num": i, "loss": 0.1 + 0.2} for i in (1, 2))]
+    assert metrics.read(path, after=0, limit=1) == [{"iter_num": 1, "loss": 0.1 + 0.2}]
+
+
+def test_a_file_that_is_missing_or_cut_short_is_no_error(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert metrics.read(path) == [] and metrics.last(path) == {}
+    path.write_bytes(b'{"iter_num": 1}\n[2]\n{"iter_num": "x"}\n\xff\n{"iter_num": 3, "lo')
+    assert metrics.read(path) == [{"iter_num": 1}] and metrics.last(path) == {"iter_num": 1}
+
+
+def test_last_has_the_newest_value_of_every_column_of_a_long_file(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    rows = [json.dumps({"iter_num": i, "loss": i / 7, "pad": "x" * 200}) for i in range(5000)]
+    rows[4500] = json.dumps({"iter_num": 4500, "val_loss": 1.5})
+    path.write_text("\n".join(rows) + "\n")
+    newest = metrics.last(path)
+    assert (newest["iter_num"], newest["loss"], newest["val_loss"]) == (4999, 4999 / 7, 1.5)
+
+
+def test_a_resumed_run_cuts_off_what_it_will_write_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for i in range(10):
+        metrics.append(path, {"iter_num": i})
+    metrics.cut(path, 6)
+    assert [row["iter_num"] for row in metrics.read(path)] == list(range(7))
+
+
+def test_bits_per_byte_compare_across_tokenizers():
+    row = losses(2.0, math.log(2) * 3, None, bytes_per_token=1.5)
+    assert row["val_bits_per_byte"] == pytest.approx(2.0) and row["val_perplexity"] == pytest.approx(8.0)
+    assert losses(1.0, 10_000.0, None, 1.0)["val_perplexity"] < math.inf
+
+
+# ---- the progress line
+
+
+def test_numbers_are_shown_as_a_person_says_them():
+    assert [duration(s) for s in (0, 59.6, 200, 7500, 100_000, -5)] == ["0s", "1m00s", "3m20s", "2h05m", "1d03h", "0s"]
+    assert [quantity(n) for n in (950, 12_345, 4_560_000)] == ["950", "12.3k", "4.56M"]
+    assert [len(bar(x)) for x in (-1, 0, 0.013, 0.5, 1, 2)] == [24] * 6 and bar(0.5) == "█" * 12 + "░" * 12
+
+
+def test_a_file_gets_plain_lines_and_a_terminal_one_that_is_rewritten():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    for stream in (io.StringIO(), Terminal()):
+        line = ProgressLine(500, stream)
+        line.show(10, 3.21, None, 5000, 70)
+        line.say("sample: hello")
+    assert stream.getvalue().startswith("\r\x1b[K") and stream.getvalue().endswith("\r\x1b[Ksample: hello\n")
+    plain = io.StringIO()
+    ProgressLine(500, plain).show(10, 3.21, 3.3, 5000, 70)
+    assert plain.getvalue() == " 10/500  loss 3.2100  val 3.3000  5k tok/s  1m10s left\n"
+
+
+def test_preparation_is_shown_once_per_stage_and_not_for_every_piece(capsys):
+    show = PreparationLine()
+    for done in range(1000):
+        show("tokenizing", done, 1000)
+    show("writing", 0, 0)
+    assert capsys.readouterr().out.splitlines() == ["tokenizing 0%", "writing"]
+
+
+# ---- data order
+
+
+def test_an_epoch_has_every_window_once_in_another_order_than_the_next():
+    order = WindowOrder(tokens=1000, length=16, seed=1)
+    first = order.next(len(order.order))
+    assert len(set(first)) == len(first) >= 61 and set((first - order.offset) % 16) == {0}
+    assert list(first) != sorted(first) and first.max() + 17 <= 1000
+    second = order.next(5)
+    assert order.state() == {"epoch": 1, "position": 5} and list(second) != list(first[:5])
+
+
+def test_windows_go_on_exactly_where_a_saved_order_stopped():
+    straight, stopped = (WindowOrder(1000, 16, seed=7) for _ in range(2))
+    expected = np.concatenate([straight.next(13) for _ in range(30)])
+    begun = np.concatenate([stopped.next(13) for _ in range(11)])
+    again = WindowOrder(1000, 16, seed=7)
+    again.restore(json.loads(json.dumps(stopped.state())))
+    assert np.array_equal(expected, np.concatenate([begun, *(again.next(13) for _ in range(19))]))
+
+
+def test_a_request_for_more_than_an_epoch_runs_into_the_next():
+    order = WindowOrder(tokens=40, length=16, seed=0)
+    assert len(order.next(100)) == 100 and order.epoch > 40
+
+
+@pytest.mark.parametrize("tokens", [0, 16])
+def test_too_few_tokens_for_one_window_are_refused(tokens):
+    with pytest.raises(ValueError, match=f"{tokens} tokens hold no window of 16"):
+        WindowOrder(tokens, 16, seed=0)
+
+
+def test_rows_are_the_windows_with_the_token_after_each():
+    tokens = np.arange(100, dtype=np.uint16)
+    rows = gather(tokens, np.array([0, 90, 3]), 9)
+    assert rows.dtype == np.uint16 and rows.tolist() == [list(range(s, s + 10)) for s in (0, 90, 3)]
