@@ -2,8 +2,8 @@
 
 A checkpoint has nanoGPT's keys (model, optimizer, model_args, iter_num, best_val_loss, config) and whatever
 else decides the next iteration, as plain numbers, texts, lists, dictionaries and tensors. Beside it lies its
-manifest with size and sha256. A file is inspected before it is loaded, and loaded by
-torch.load(weights_only=True) and nothing else.
+manifest with size and sha256. A file is inspected before anything else. To serve it, only its weights are read,
+and nothing is unpickled; to train on, torch.load(weights_only=True) reads all of it.
 """
 
 import errno
@@ -22,13 +22,22 @@ from storage import tokenizer as tokenizers
 from storage.errors import NotFound, NotLoadable, StorageError
 from storage.files import NAME, open_descriptor, read_json, replace_file, write_json
 from storage.inspection import Inspection, inspect, inspect_checkpoint, plain
-from storage.pretrained import GPT2_SIZES, assemble, fetch, folder_tokenizer, read_weights, require_vocabulary
+from storage.pretrained import (
+    GPT2_SIZES,
+    FileChanged,
+    assemble,
+    fetch,
+    folder_tokenizer,
+    read_weights,
+    require_vocabulary,
+)
 from storage.registry import ModelReference
 from storage.runs import CHECKPOINT, PREVIOUS, Run, Workspace, manifest_entries, manifest_path
 from storage.tokenizer import Tokenizer
 from storage.torch_file import crc_damage
 
 IF_ON_PURPOSE = "if it was replaced on purpose, delete the .json beside it"
+ATTEMPTS = 3  # at loading a file that is replaced meanwhile
 EARLIER = 4  # entries of earlier files that a manifest keeps
 
 Report = Callable[[str], None]
@@ -243,7 +252,7 @@ def _checkpoint_tokenizer(inspection: Inspection, workspace: Workspace, shown: s
 def _checkpoint_model(inspection: Inspection, shown: str) -> GPT:
     if (problem := damage(inspection.path)) is not None:
         raise NotLoadable(problem)
-    tensors, args = _our_tensors(_load(inspection.path, shown), inspection, shown), inspection.model_args
+    tensors, args = read_weights(inspection, shown), inspection.model_args
     if not args["tied"] and torch.equal(tensors["lm_head.weight"], tensors["transformer.wte.weight"]):
         args = {**args, "tied": True}  # saved twice, by something that did not know
         del tensors["lm_head.weight"]
@@ -262,15 +271,8 @@ class Loaded:
     nbytes: int  # of the weights
 
 
-def load_model(reference: ModelReference, workspace: Workspace, progress: Report | None = None) -> Loaded:
-    """Load the model that `reference` means; `progress` gets a sentence when something takes long.
-
-    Raises NotFound, NotLoadable (one sentence, before any large allocation), Unreachable or NoSpace.
-    """
-    say, shown = progress or _ignore, reference.label
-    if reference.path is None:
-        reference = replace(reference, path=fetch(reference.id, workspace, say))
-    inspection = inspect(reference)
+def _load_once(reference: ModelReference, workspace: Workspace, say: Report) -> Loaded:
+    inspection, shown = inspect(reference), reference.label
     say(f"loading {shown}: {inspection.parameters / 1e6:.1f} million parameters")
     if inspection.kind == "checkpoint":
         tokenizer = _checkpoint_tokenizer(inspection, workspace, shown)
@@ -279,5 +281,21 @@ def load_model(reference: ModelReference, workspace: Workspace, progress: Report
         follow = reference.kind == "pretrained"
         vocab_size = inspection.model_args["vocab_size"]
         tokenizer = folder_tokenizer(inspection.path, vocab_size, shown, workspace, follow)
-        model = assemble(inspection.model_args, read_weights(inspection, follow), shown)
+        model = assemble(inspection.model_args, read_weights(inspection, shown, follow), shown)
     return Loaded(model, tokenizer, reference, inspection.iter_num, inspection.config, inspection.nbytes)
+
+
+def load_model(reference: ModelReference, workspace: Workspace, progress: Report | None = None) -> Loaded:
+    """Load the model that `reference` means; `progress` gets a sentence when something takes long.
+
+    Raises NotFound, NotLoadable (one sentence, before any large allocation), Unreachable or NoSpace.
+    """
+    say = progress or _ignore
+    if reference.path is None:
+        reference = replace(reference, path=fetch(reference.id, workspace, say))
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return _load_once(reference, workspace, say)
+        except FileChanged as e:  # a trainer may just have saved the next one
+            say(f"{e}; starting again")
+    return _load_once(reference, workspace, say)

@@ -17,7 +17,7 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from storage.errors import BadName, NoSpace, NotFound, NotLoadable
 
@@ -127,6 +127,21 @@ def open_descriptor(name: str | Path, folder: int | None = None, follow: bool = 
         os.close(descriptor)
         raise
     return descriptor
+
+
+class Identity(NamedTuple):
+    """What tells a file from one that takes its name later, and from itself written over."""
+
+    device: int
+    inode: int
+    size: int
+    modified: int
+
+
+def identity(descriptor: int) -> Identity:
+    """Return the identity of an open file."""
+    found = os.fstat(descriptor)
+    return Identity(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 # ---- JSON

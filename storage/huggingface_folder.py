@@ -5,12 +5,13 @@ express and model.py cannot compute is refused by the name of the field. No torc
 pretrained.py does that.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from storage.architecture import MASKS, checked_args, some
 from storage.errors import NotFound, NotLoadable
-from storage.files import NAME, open_descriptor, parse_json, quoted, read_bytes
+from storage.files import NAME, Identity, identity, open_descriptor, parse_json, quoted, read_bytes
 from storage.safetensors_file import StoredTensor, read_header
 
 MAX_SHARDS = 1000
@@ -71,22 +72,34 @@ def _our_name(name: str) -> str:
     return name if name.startswith(("transformer.", "lm_head.")) else "transformer." + name
 
 
-def _stored_tensors(folder: Path, shown: str, follow: bool) -> dict[str, tuple[str, str, StoredTensor]]:
-    """Return our name -> (file, the file's name, place) of all shards, masks left out."""
-    found: dict[str, tuple[str, str, StoredTensor]] = {}
+@dataclass(frozen=True)
+class Folder:
+    """What a folder describes."""
+
+    args: dict[str, Any]  # GPTConfig's fields
+    tensors: dict[str, tuple[str, str, StoredTensor]]  # our name -> file, the file's name, place
+    identities: dict[str, Identity]  # of each file that was described
+
+
+def _add_tensors(found: Folder, file: str, tensors: dict[str, StoredTensor], shown: str) -> None:
+    """Add a file's tensors under our names, masks left out."""
+    for name, tensor in tensors.items():
+        ours = _our_name(name)
+        if ours.endswith(MASKS):
+            continue
+        if ours in found.tensors:
+            raise NotLoadable(f"{shown} holds {quoted(ours)} twice")
+        found.tensors[ours] = file, name, tensor
+
+
+def _describe_files(found: Folder, folder: Path, shown: str, follow: bool) -> None:
     for file, names in _shards(folder, shown, follow).items():
         with open(open_descriptor(folder / file, follow=follow), "rb") as f:
             tensors = read_header(f, f"{shown}/{file}")
+            found.identities[file] = identity(f.fileno())
         if lacking := set(names) - tensors.keys():
             raise NotLoadable(f"{shown}/{file} lacks {some(lacking)}, which the index says it has")
-        for name, tensor in tensors.items():
-            ours = _our_name(name)
-            if ours.endswith(MASKS):
-                continue
-            if ours in found:
-                raise NotLoadable(f"{shown} holds {quoted(ours)} twice")
-            found[ours] = (file, name, tensor)
-    return found
+        _add_tensors(found, file, tensors, shown)
 
 
 def _folder_problem(folder: Path, shown: str) -> NotLoadable | None:
@@ -97,19 +110,18 @@ def _folder_problem(folder: Path, shown: str) -> NotLoadable | None:
     return None
 
 
-def read_folder(
-    folder: Path, shown: str, follow: bool = False
-) -> tuple[dict[str, Any], dict[str, tuple[str, str, StoredTensor]]]:
-    """Return GPTConfig's fields, and our name -> (file, the file's name, place) of every tensor.
+def read_folder(folder: Path, shown: str, follow: bool = False) -> Folder:
+    """Return what a Hugging Face GPT-2 folder describes; raises NotLoadable.
 
-    Links are followed only if `follow`: the Hugging Face cache is made of links. Raises NotLoadable.
+    Links are followed only if `follow`: the Hugging Face cache is made of links.
     """
     try:
         config = parse_json(read_bytes(folder / "config.json", 2**20, follow), f"config.json of {shown}")
     except NotFound:
         raise NotLoadable(f"{shown} has no config.json") from None
-    args = _huggingface_args(config, shown)
+    found = Folder(_huggingface_args(config, shown), {}, {})
     try:
-        return args, _stored_tensors(folder, shown, follow)
+        _describe_files(found, folder, shown, follow)
     except NotFound as e:
         raise _folder_problem(folder, shown) or NotLoadable(f"{shown} is not complete: {e}") from None
+    return found

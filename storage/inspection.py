@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from storage.architecture import BOUNDS, MASKS, Shape, checked_args, count_parameters, require_tensors, some, whole
 from storage.errors import NotFound, NotLoadable
-from storage.files import open_descriptor, quoted
+from storage.files import Identity, identity, open_descriptor, quoted
 from storage.huggingface_folder import read_folder
 from storage.registry import FOLDER_FILES, ModelReference
 from storage.safetensors_file import ITEM_BYTES, StoredTensor
@@ -38,7 +38,13 @@ class Inspection:
     iter_num: int | None = None
     best_val_loss: float | None = None
     config: dict[str, Any] = field(default_factory=dict)  # of the training run, scalars and short lists of them
-    files: dict[str, tuple[str, StoredTensor]] = field(default_factory=dict)  # our name -> safetensors file and place
+    places: dict[str, tuple[str, StoredTensor]] = field(default_factory=dict)  # our name -> file, and where in it
+    identities: dict[str, Identity] = field(default_factory=dict)  # of each of these files, as it was described
+
+    @property
+    def folder(self) -> Path:
+        """Return the folder that the files are in."""
+        return self.path.parent if self.kind == "checkpoint" else self.path
 
 
 def _nbytes(tensors: Mapping[str, tuple[str, Shape]]) -> int:
@@ -90,8 +96,13 @@ def _state_tensors(state: object, shown: str) -> dict[str, tuple[str, TensorInfo
     return tensors
 
 
+def _place(tensor: TensorInfo) -> StoredTensor:
+    end = tensor.start + math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
+    return StoredTensor(tensor.dtype, tensor.shape, tensor.start, end)
+
+
 def _same_place(a: TensorInfo, b: TensorInfo) -> bool:
-    return (a.record, a.offset, a.shape) == (b.record, b.offset, b.shape)
+    return (a.start, a.shape) == (b.start, b.shape)
 
 
 def _is_tied(content: Mapping[str, Any], tensors: Mapping[str, tuple[str, TensorInfo]]) -> Any:
@@ -105,8 +116,7 @@ def _is_tied(content: Mapping[str, Any], tensors: Mapping[str, tuple[str, Tensor
 def inspect_checkpoint(path: Path, shown: str) -> Inspection:
     """Return what a checkpoint file holds; raises NotFound, or NotLoadable in one sentence beginning with `shown`."""
     with open(open_descriptor(path), "rb") as f:
-        content = read_torch_file(f, shown)
-        size = path.stat().st_size
+        content, file = read_torch_file(f, shown), identity(f.fileno())
     if not isinstance(content, dict) or not isinstance(content.get("model_args"), dict):
         raise NotLoadable(f"{shown} is no checkpoint of nanoGPT or of ours: it has no model_args")
     given = content["model_args"]
@@ -117,8 +127,8 @@ def inspect_checkpoint(path: Path, shown: str) -> Inspection:
         tensors.pop("lm_head.weight", None)
     found = {name: (tensor.dtype, tensor.shape) for name, (_, tensor) in tensors.items()}
     require_tensors(found, args, shown, transposed=False)
-    if (nbytes := _nbytes(found)) > size:
-        raise NotLoadable(f"{shown} describes {nbytes} bytes of weights and has {size}")
+    if (nbytes := _nbytes(found)) > file.size:
+        raise NotLoadable(f"{shown} describes {nbytes} bytes of weights and has {file.size}")
     iter_num, loss = content.get("iter_num"), content.get("best_val_loss")
     return Inspection(
         kind="checkpoint",
@@ -131,6 +141,8 @@ def inspect_checkpoint(path: Path, shown: str) -> Inspection:
         iter_num=iter_num if type(iter_num) is int else None,
         best_val_loss=loss if isinstance(loss, float) and math.isfinite(loss) else None,
         config=plain(content.get("config")),
+        places={name: (path.name, _place(tensor)) for name, (_, tensor) in tensors.items()},
+        identities={path.name: file},
     )
 
 
@@ -148,7 +160,8 @@ def _looks_like_ours(args: Mapping[Any, Any], shown: str) -> bool:
 
 
 def _huggingface(folder: Path, shown: str, follow: bool) -> Inspection:
-    args, stored = read_folder(folder, shown, follow)
+    described = read_folder(folder, shown, follow)
+    args, stored = described.args, described.tensors
     if args["tied"]:
         stored.pop("lm_head.weight", None)
     found = {ours: (tensor.dtype, tensor.shape) for ours, (_, _, tensor) in stored.items()}
@@ -161,7 +174,8 @@ def _huggingface(folder: Path, shown: str, follow: bool) -> Inspection:
         names={ours: name for ours, (_, name, _) in stored.items()},
         nbytes=_nbytes(found),
         parameters=count_parameters(args),
-        files={ours: (file, tensor) for ours, (file, _, tensor) in stored.items()},
+        places={ours: (file, tensor) for ours, (file, _, tensor) in stored.items()},
+        identities=described.identities,
     )
 
 

@@ -7,7 +7,7 @@ holds is found out and checked by inspection.py first; where pretrained folders 
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from model import GPT, LAYER_NORM_EPS, GPTConfig
 from storage import tokenizer as tokenizers
 from storage.architecture import TRANSPOSED
 from storage.errors import NotLoadable
-from storage.files import open_descriptor, sync_folder, temporary_beside
+from storage.files import identity, open_descriptor, sync_folder, temporary_beside
 from storage.hub import fetch
 from storage.inspection import Inspection, inspect
 from storage.registry import ModelReference
@@ -27,7 +27,7 @@ from storage.runs import Workspace
 from storage.safetensors_file import StoredTensor
 from storage.tokenizer import Tokenizer
 
-__all__ = ["assemble", "export", "fetch", "load_folder", "read_weights", "require_vocabulary"]
+__all__ = ["FileChanged", "assemble", "export", "fetch", "load_folder", "read_weights", "require_vocabulary"]
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 GPT2_SIZES = (50257, 50304)  # GPT-2's vocabulary, and nanoGPT's, padded to a multiple of 64
@@ -44,8 +44,7 @@ def _is_finite(tensor: Tensor) -> bool:
 def assemble(args: Mapping[str, Any], tensors: dict[str, Tensor], shown: str) -> GPT:
     """Return the model of GPTConfig fields `args` with these tensors, not copies, as its weights; in eval mode.
 
-    Keeps the tensors' type, or float32 if they have several. Raises NotLoadable for NaN, infinities, and tensors
-    that are not those of the configuration.
+    Keeps the tensors' type, or float32 if they have several. Raises NotLoadable for NaN and infinities.
     """
     for name, tensor in tensors.items():
         if not _is_finite(tensor):
@@ -56,41 +55,58 @@ def assemble(args: Mapping[str, Any], tensors: dict[str, Tensor], shown: str) ->
         model = GPT(GPTConfig(**args))
     if args["tied"]:
         tensors = {**tensors, "lm_head.weight": tensors["transformer.wte.weight"]}
-    try:
-        model.load_state_dict(tensors, assign=True)
-    except RuntimeError:
-        raise NotLoadable(f"{shown} changed while it was read") from None
+    model.load_state_dict(tensors, assign=True)
     if args["tied"]:
         model.lm_head.weight = model.get_parameter("transformer.wte.weight")
     return model.eval()
 
 
-def _read_tensor(descriptor: int, place: StoredTensor) -> Tensor:
-    """Read a tensor's numbers into memory of its own: a mapped file that someone truncates would kill the process."""
+class FileChanged(NotLoadable):
+    """Another file took the name, or the file was written over, between inspection and reading."""
+
+
+def _read_tensor(descriptor: int, place: StoredTensor) -> Tensor | None:
+    """Read a tensor's numbers, or return None if the file ends before them.
+
+    Into memory of its own, not mapped: a mapped file that someone truncates later would kill the process.
+    """
     tensor = torch.empty(place.shape, dtype=DTYPES[place.dtype])
     buffer = tensor.view(-1).view(torch.uint8).numpy().data
     done = 0
     while done < len(buffer):
         count = os.preadv(descriptor, [buffer[done:]], place.start + done)
         if count == 0:
-            raise NotLoadable("the file was cut short while it was read")
+            return None
         done += count
     return tensor
 
 
-def read_weights(inspection: Inspection, follow: bool = False) -> dict[str, Tensor]:
-    """Return the tensors of a Hugging Face folder in our layout; at most one of them is in memory twice."""
-    tensors: dict[str, Tensor] = {}
-    for file in sorted({file for file, _ in inspection.files.values()}):
-        descriptor = open_descriptor(inspection.path / file, follow=follow)
-        try:
-            for name, (where, place) in inspection.files.items():
-                if where == file:
-                    tensor = _read_tensor(descriptor, place)
-                    tensors[name] = tensor.t().contiguous() if name.endswith(TRANSPOSED) else tensor
-        finally:
-            os.close(descriptor)
-    return tensors
+def _read_file(inspection: Inspection, file: str, shown: str, follow: bool) -> Iterator[tuple[str, Tensor]]:
+    """Give the name and tensor of everything in one file; raises FileChanged unless it is the file inspected."""
+    descriptor = open_descriptor(inspection.folder / file, follow=follow)
+    try:
+        for name, (where, place) in inspection.places.items():
+            if where != file:
+                continue
+            tensor = _read_tensor(descriptor, place)
+            if tensor is None or identity(descriptor) != inspection.identities[file]:
+                raise FileChanged(f"{shown} changed while it was read")
+            yield name, tensor
+    finally:
+        os.close(descriptor)
+
+
+def read_weights(inspection: Inspection, shown: str, follow: bool = False) -> dict[str, Tensor]:
+    """Return the tensors that were inspected, in our layout; at most one of them is in memory twice.
+
+    Nothing is unpickled. Raises FileChanged if it is no longer the file that was inspected.
+    """
+    turned = TRANSPOSED if inspection.kind == "huggingface" else ()
+    return {
+        name: tensor.t().contiguous() if name.endswith(turned) else tensor
+        for file in inspection.identities
+        for name, tensor in _read_file(inspection, file, shown, follow)
+    }
 
 
 def require_vocabulary(tokenizer: Tokenizer, vocab_size: int, shown: str) -> Tokenizer:
@@ -118,7 +134,7 @@ def load_folder(path: Path, workspace: Workspace | None = None) -> tuple[GPT, To
     """Return model and tokenizer of a Hugging Face GPT-2 folder; raises NotLoadable in one sentence."""
     inspection = inspect(ModelReference(path.name, "folder", path, path.name))
     tokenizer = folder_tokenizer(path, inspection.model_args["vocab_size"], path.name, workspace)
-    return assemble(inspection.model_args, read_weights(inspection), path.name), tokenizer
+    return assemble(inspection.model_args, read_weights(inspection, path.name), path.name), tokenizer
 
 
 # ---- out

@@ -69,22 +69,23 @@ def _data_range(f: BinaryIO, info: zipfile.ZipInfo, size: int) -> tuple[int, int
     return start, start + info.file_size
 
 
-def _check_records(f: BinaryIO, archive: zipfile.ZipFile, size: int) -> str:
-    """Check every record of the archive; return the folder that all of them are in."""
+def _check_records(f: BinaryIO, archive: zipfile.ZipFile, size: int) -> tuple[str, dict[str, tuple[int, int]]]:
+    """Check every record of the archive; return the folder that all are in, and where the bytes of each are."""
     infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
     folder = infos[0].filename.partition("/")[0] if infos else ""
+    ranges: dict[str, tuple[int, int]] = {}
     end = 0
     for info in infos:
         if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size or info.flag_bits & 1:
             raise Refused(f"has the compressed or encrypted record {quoted(info.filename)}")
         if info.header_offset < end or (end == 0) != (info.header_offset == 0):
             raise Refused("is damaged: its records overlap or do not begin at its start")
-        _, end = _data_range(f, info, size)
+        _, end = ranges[info.filename] = _data_range(f, info, size)
         if not info.filename.startswith(folder + "/"):
             raise Refused(f"is no checkpoint: the record {quoted(info.filename)} is not in the folder of the first")
     if len({info.filename.casefold() for info in infos}) != len(infos):  # torch finds records whatever the case
         raise Refused("has two records of one name")
-    return folder
+    return folder, ranges
 
 
 def _read(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
@@ -102,21 +103,15 @@ def _value(f: BinaryIO) -> Any:
     _explain_start(f)
     size = os.fstat(f.fileno()).st_size
     with _open_archive(f, size) as archive:
-        folder = _check_records(f, archive, size)
-        names = set(archive.namelist())
-        if f"{folder}/constants.pkl" in names:
+        folder, ranges = _check_records(f, archive, size)
+        if f"{folder}/constants.pkl" in ranges:
             raise Refused("is a TorchScript program, which is never opened")
-        if f"{folder}/byteorder" in names and _read(archive, f"{folder}/byteorder", 16) != b"little":
+        if f"{folder}/byteorder" in ranges and _read(archive, f"{folder}/byteorder", 16) != b"little":
             raise Refused("was saved on a machine of another byte order")
-        data = _read(archive, f"{folder}/data.pkl", PICKLE_LIMIT)
-        prefix = f"{folder}/data/"
-        sizes = {
-            i.filename.removeprefix(prefix): i.file_size
-            for i in archive.infolist()
-            if i.filename[: len(prefix)] == prefix
-        }
+        data, prefix = _read(archive, f"{folder}/data.pkl", PICKLE_LIMIT), f"{folder}/data/"
+    records = {name.removeprefix(prefix): place for name, place in ranges.items() if name.startswith(prefix)}
     try:
-        return Interpreter(sizes).run(data)
+        return Interpreter(records).run(data)
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, UnicodeError, RecursionError):
         raise Refused("has a damaged data.pkl") from None
 

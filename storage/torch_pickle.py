@@ -31,12 +31,11 @@ STORAGES = {  # name in torch: (our name of the type, bytes of an element)
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """A tensor in the file: its type and shape, and where its first element is in which record."""
+    """A tensor in the file: its type and shape, and where its first byte is, counted from the file's beginning."""
 
     dtype: str
     shape: tuple[int, ...]
-    record: str
-    offset: int
+    start: int
     dense: bool  # row-major without gaps
 
 
@@ -49,7 +48,7 @@ class _Element:
 @dataclass(frozen=True, slots=True)
 class _Storage:
     element: _Element
-    record: str
+    start: int
     numel: int
 
 
@@ -78,7 +77,7 @@ def _rebuild_tensor(storage: _Storage, offset: int, shape: Any, stride: Any, *_:
         raise Refused(f"describes a tensor of {quoted(numel)} elements in a record that holds {storage.numel}")
     dense = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
     is_dense = all(n == 1 or step == row for n, step, row in zip(shape, stride, dense, strict=True))
-    return TensorInfo(storage.element.dtype, shape, storage.record, offset, is_dense)
+    return TensorInfo(storage.element.dtype, shape, storage.start + offset * storage.element.size, is_dense)
 
 
 def _rebuild_parameter(data: object, *_: Any) -> TensorInfo:
@@ -120,8 +119,8 @@ ALLOWED: Mapping[str, Callable[..., Any] | _Element] = {
 class Interpreter:
     """Interpret a pickle of protocol 2 with the globals above; the stack machine of the pickle module, cut down."""
 
-    def __init__(self, record_sizes: Mapping[str, int]):
-        self.record_sizes = record_sizes
+    def __init__(self, records: Mapping[str, tuple[int, int]]):
+        self.records = records  # name -> where its bytes begin and end in the file
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
@@ -218,10 +217,9 @@ class Interpreter:
         if not (isinstance(identity, tuple) and len(identity) == 5 and identity[0] == "storage"):
             raise Refused("refers to something that is no tensor")
         _, element, record, _, numel = identity
-        if not isinstance(element, _Element) or not isinstance(record, str) or record not in self.record_sizes:
+        if not isinstance(element, _Element) or not isinstance(record, str) or record not in self.records:
             raise Refused(f"refers to the record {quoted(record)}, which it does not hold")
-        if _natural(numel) * element.size > self.record_sizes[record]:
-            raise Refused(
-                f"claims {quoted(numel)} elements of {element.dtype} in a record of {self.record_sizes[record]} bytes"
-            )
-        self.stack.append(_Storage(element, record, numel))
+        start, end = self.records[record]
+        if _natural(numel) * element.size > end - start:
+            raise Refused(f"claims {quoted(numel)} elements of {element.dtype} in a record of {end - start} bytes")
+        self.stack.append(_Storage(element, start, numel))

@@ -413,26 +413,55 @@ def test_half_precision_is_kept_and_a_mixture_becomes_float32(workspace, run):
     assert {p.dtype for p in load(workspace).model.parameters()} == {torch.float32}
 
 
-def test_a_file_that_changes_after_its_inspection_is_refused(workspace, run, monkeypatch):
+def test_a_file_that_changes_each_time_it_is_looked_at_is_refused(workspace, run, monkeypatch):
     save_checkpoint(run.checkpoint, state())
     other = state(shape=GPTConfig(n_layer=1, n_head=1, n_embd=4, block_size=4, vocab_size=10))
     monkeypatch.setattr(checkpoints, "damage", lambda path: torch.save(other, path))
-    with pytest.raises(NotLoadable, match="changed while it was read"):
+    with pytest.raises(NotLoadable, match=r"out/m/ckpt\.pt changed while it was read"):
         load(workspace)
 
 
-def test_a_pickle_that_appears_after_the_inspection_is_still_not_executed(workspace, run, monkeypatch, tmp_path):
-    canary = tmp_path / "canary"
+def test_a_checkpoint_saved_while_the_one_before_is_loaded_is_loaded_instead(workspace, run, monkeypatch):
+    save_checkpoint(run.checkpoint, state(1))
+    new = state(2)
 
-    class Evil:
-        def __reduce__(self):
-            return (open, (str(canary), "w"))
+    def damage_then_save(path):
+        monkeypatch.undo()
+        save_checkpoint(path, new)
+        return damage(path)
 
+    monkeypatch.setattr(checkpoints, "damage", damage_then_save)
+    loaded = load(workspace)
+    assert loaded.iter_num == 2 and torch.equal(loaded.model.lm_head.weight, new["model"]["lm_head.weight"])
+
+
+class Evil:
+    """What a pickle can do when it is opened."""
+
+    def __init__(self, canary):
+        self.canary = canary
+
+    def __reduce__(self):
+        return (open, (str(self.canary), "w"))
+
+
+def test_a_pickle_that_appears_after_the_inspection_is_not_executed(workspace, run, monkeypatch, tmp_path):
     save_checkpoint(run.checkpoint, state())
-    monkeypatch.setattr(checkpoints, "damage", lambda path: torch.save(Evil(), path))
-    with pytest.raises(NotLoadable, match="PyTorch refuses it"):
-        load(workspace)
-    assert not canary.exists()
+    monkeypatch.setattr(checkpoints, "damage", lambda path: torch.save(Evil(tmp_path / "canary"), path))
+    for loading in (lambda: load(workspace), lambda: load_training_state(run.checkpoint)):
+        save_checkpoint(run.checkpoint, state())
+        with pytest.raises(NotLoadable):
+            loading()
+    assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize("harm", [truncate, zero])
+def test_a_model_in_use_does_not_depend_on_its_file(workspace, run, harm):
+    save_checkpoint(run.checkpoint, state())
+    model, x = load(workspace).model, torch.tensor([[1, 2, 3]])
+    before = model(x)[0]
+    harm(run.checkpoint)
+    assert torch.equal(model(x)[0], before)
 
 
 def test_progress_is_told_in_sentences(workspace, run):

@@ -129,7 +129,7 @@ def sharded(path, **changes):
 
 def test_a_sharded_folder_is_described(tmp_path):
     found = inspect(reference(sharded(tmp_path / "m")))
-    assert {file for file, _ in found.files.values()} == {"model-1.safetensors", "model-2.safetensors"}
+    assert {file for file, _ in found.places.values()} == {"model-1.safetensors", "model-2.safetensors"}
 
 
 @pytest.mark.parametrize(

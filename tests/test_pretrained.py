@@ -180,13 +180,27 @@ def test_numbers_that_are_none_are_refused(tmp_path, tokenizer, number):
 def test_a_file_cut_short_while_it_is_read_is_refused_and_kills_nothing(exported, monkeypatch):
     read_weights = pretrained.read_weights
 
-    def cut_then_read(inspection, follow=False):
+    def cut_then_read(*args):
         os.truncate(exported / "model.safetensors", 5000)
-        return read_weights(inspection, follow)
+        return read_weights(*args)
 
     monkeypatch.setattr(pretrained, "read_weights", cut_then_read)
-    with pytest.raises(NotLoadable, match="cut short while it was read"):
+    with pytest.raises(NotLoadable, match="m changed while it was read"):
         load_folder(exported)
+
+
+def test_a_folder_that_is_exported_anew_while_it_is_read_is_never_mixed(exported, tokenizer, monkeypatch):
+    read_weights, said, new = pretrained.read_weights, [], GPT(SMALL)
+
+    def replace_then_read(*args):
+        if len(said) == 1:  # in the first attempt
+            export(new, tokenizer, exported)
+        return read_weights(*args)
+
+    monkeypatch.setattr("storage.checkpoints.read_weights", replace_then_read)
+    loaded = load_model(ModelReference("m", "folder", exported, "out/m"), Workspace(exported.parent), said.append)
+    assert torch.equal(loaded.model.lm_head.weight, new.lm_head.weight)
+    assert said[1] == "out/m changed while it was read; starting again"
 
 
 def test_weights_are_dense_in_memory_of_their_own(exported):
