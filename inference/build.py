@@ -46,6 +46,11 @@ def pick_device(asked: str) -> str:
     return asked
 
 
+def finite(model: GPT) -> bool:
+    """Say whether every weight is a number; what is none would make every answer none."""
+    return all(bool(torch.stack(torch.aminmax(p)).isfinite().all()) for p in model.parameters())
+
+
 def fingerprint(model: GPT) -> str:
     """Return a short hash of a model's shape and weights; about a second per 2 GB."""
     digest = hashlib.sha256(repr(model.config).encode())

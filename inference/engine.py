@@ -21,10 +21,11 @@ import torch
 from inference import sequence as seq
 from inference.admission import Admission
 from inference.backend import ServedModel
-from inference.build import RunnerOptions, build_runner, fingerprint
+from inference.build import RunnerOptions, build_runner, fingerprint, finite
 from inference.lane import Lane
 from inference.sequence import Generation, SamplingParams
 from storage.checkpoints import load_model
+from storage.errors import NotLoadable
 
 if TYPE_CHECKING:
     from inference.runner import ModelRunner
@@ -216,10 +217,12 @@ class Engine:
     # --- loading, in the thread of the caller of load() ---
 
     def _prepare(self, reference: "ModelReference") -> Lane:
-        """Read a model, build its runner and try it. Raises what the loader raises."""
+        """Read a model, build its runner and try it. Raises what the loader raises, and NotLoadable."""
         started = time.monotonic()
         loaded = self._loader(reference, self._workspace)
         model, tokenizer = loaded.model, loaded.tokenizer
+        if not finite(model):
+            raise NotLoadable(f"{reference.label} holds weights that are no finite numbers.")
         parameters, weights = model.num_params(), fingerprint(model)
         runner, reason = self._build(model, self._options)
         del model, loaded

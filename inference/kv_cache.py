@@ -8,10 +8,10 @@ Letters: L layers, S slots, nh heads, P positions, hs head size, N rows of the s
 """
 
 import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -146,7 +146,8 @@ class KVCache:
 
 
 def _lazy_zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return zeros whose pages, on CPU, take no memory before they are written (numpy asks calloc, torch fills)."""
+    """Return zeros whose pages, on CPU, take no memory before they are written: mapped, where torch would fill them."""
     if device.type != "cpu":
         return torch.zeros(shape, device=device, dtype=dtype)
-    return torch.from_numpy(np.zeros(shape, np.float32))
+    size = math.prod(shape) * dtype.itemsize
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(shape)

@@ -30,6 +30,7 @@ from inference.sequence import (
 )
 from inference.torch_runner import TorchRunner
 from model import GPT, GPTConfig
+from storage.errors import NotLoadable
 
 VOCAB, EOT = 61, 60
 
@@ -90,7 +91,7 @@ class Bench:
 
 
 def reference(name: str = "m") -> Any:
-    return SimpleNamespace(id=name)
+    return SimpleNamespace(id=name, label=name)
 
 
 def loader(ref: Any, workspace: Any) -> Any:
@@ -523,6 +524,17 @@ def test_a_model_that_cannot_compute_does_not_replace_one_that_can(make: Callabl
     with pytest.raises(RuntimeError):
         engine.load(reference("broken"))
     assert engine.served() is served and runners[1].closed and not runners[0].closed
+
+
+def test_a_model_whose_weights_are_no_numbers_is_refused(make: Callable[..., Engine]) -> None:
+    def broken(ref: Any, workspace: Any) -> Any:
+        model = tiny()
+        with torch.no_grad():
+            model.lm_head.weight[2, 2] = float("inf")
+        return SimpleNamespace(model=model, tokenizer=FakeTokenizer())
+
+    with pytest.raises(NotLoadable, match="m holds weights that are no finite numbers"):
+        make(loader=broken).load(reference())
 
 
 def test_of_racing_loads_exactly_one_wins(make: Callable[..., Engine]) -> None:
