@@ -23,10 +23,10 @@ class Diverged(Exception):
     """The loss is no longer a number."""
 
 
-def explain(error: BaseException, config: TrainConfig | None) -> tuple[int, str]:
-    """Return the exit code and the sentence for what ended a run."""
+def explain(error: BaseException, config: TrainConfig | None, iter_num: int) -> tuple[int, str]:
+    """Return the exit code and the sentence for what ended a run after `iter_num` iterations."""
     if isinstance(error, ConfigError | StorageError):
-        return 2, str(error)
+        return 2 if iter_num == 0 else 1, str(error)
     if isinstance(error, Diverged):
         return 1, str(error)
     if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
@@ -66,7 +66,7 @@ class Outcome:
             self.stopped, error = True, None
         sentence = None
         if error is not None:
-            self.exit_code, sentence = explain(error, self.config)
+            self.exit_code, sentence = explain(error, self.config, self.iter_num)
             if self.exit_code == 1:
                 traceback.print_exception(error)
             print(f"train.py: {sentence}", file=sys.stderr, flush=True)

@@ -1,0 +1,403 @@
+"""train.py: it learns, resumes to the last bit, stops when asked, and refuses what cannot work before it starts."""
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from storage import checkpoints, registry
+from storage.datasets import Splits
+from storage.errors import NoSpace
+from storage.runs import Run, Workspace
+from storage.tokenizer import char_tokenizer
+from training import metrics
+from training.config import ConfigError, TrainConfig
+from training.starting_point import check_fit
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = "".join(f"{a} and {b} make {a + b}, or {a * b} if you multiply.\n" for a in range(30) for b in range(30))
+TINY = {"dataset": "sums", "tokenizer": "char", "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16}
+TINY |= {"batch_size": 4, "eval_interval": 6, "eval_iters": 2, "log_interval": 1, "max_iters": 12, "sample_tokens": 4}
+TINY |= {"dtype": "fp32", "device": "cpu", "optimizer": "adamw"}
+
+
+class Place:
+    """A workspace with a small dataset, in which train.py runs in this process."""
+
+    def __init__(self, root: Path):
+        self.workspace = Workspace(root)
+        (root / "data" / "sums").mkdir(parents=True)
+        (root / "data" / "sums" / "sums.txt").write_text(TEXT)
+        self.before = None
+
+    def argv(self, name: str, **fields) -> list[str]:
+        flags = {"output_dir": f"out/{name}"} | (fields if "init_from" in fields else TINY | fields)
+        parts = [part for key, value in flags.items() for part in (f"--{key}", str(value))]
+        return ["--root", str(self.workspace.root), *parts]
+
+    def train(self, name: str, **fields) -> int:
+        return train.main(self.argv(name, **fields))
+
+    def run(self, name: str) -> Run:
+        return self.workspace.run(name)
+
+    def result(self, name: str) -> dict:
+        return json.loads(self.run(name).result.read_text())
+
+    def state(self, name: str) -> dict:
+        return checkpoints.load_training_state(self.run(name).checkpoint)
+
+    def losses(self, name: str) -> list[tuple]:
+        """Every loss of a run, as the bits of its float."""
+        bits = lambda x: None if x is None else float(x).hex()  # noqa: E731
+        rows = metrics.read(self.run(name).metrics)
+        return [(r["iter_num"], bits(r.get("loss")), bits(r.get("val_loss")), bits(r.get("grad_norm"))) for r in rows]
+
+
+@pytest.fixture
+def place(tmp_path):
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield Place(tmp_path)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def stop_at(monkeypatch, iteration: int, number: int = signal.SIGTERM) -> None:
+    """Send this process a signal right after an iteration."""
+    update = train.Trainer.update
+
+    def updated(self):
+        result = update(self)
+        if self.iter_num == iteration:
+            os.kill(os.getpid(), number)
+        return result
+
+    monkeypatch.setattr(train.Trainer, "update", updated)
+
+
+def same_weights(a: dict, b: dict) -> bool:
+    return a["model"].keys() == b["model"].keys() and all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+
+
+# ---- a whole run
+
+
+def test_a_run_learns_and_leaves_everything_in_its_folder(place, capsys):
+    assert place.train("a", max_iters=48, learning_rate=0.01, optimizer="muon") == 0
+    run, rows = place.run("a"), metrics.read(place.run("a").metrics)
+    assert [r["iter_num"] for r in rows] == list(range(49)) and "val_loss" in rows[0] and "loss" not in rows[0]
+    untrained = math.log(place.state("a")["model_args"]["vocab_size"])
+    assert rows[0]["val_loss"] == pytest.approx(untrained, abs=0.2) and rows[-1]["val_loss"] < 0.6 * untrained
+    assert {"train_loss", "val_perplexity", "val_bits_per_byte", "tokens_per_second", "memory_bytes"} <= rows[-1].keys()
+    samples = metrics.read(run.samples)
+    assert [s["iter_num"] for s in samples] == [6, 12, 18, 24, 30, 36, 42, 48] and len(
+        {s["prompt"] for s in samples}
+    ) == 1
+    assert place.result("a")["state"] == "succeeded" and place.result("a")["best_val_loss"] == rows[-1]["best_val_loss"]
+    assert "48/48  loss" in capsys.readouterr().out
+
+
+def test_the_checkpoint_loads_as_a_model_with_its_tokenizer_and_no_dataset(place):
+    place.train("a")
+    (place.workspace.data / "sums" / "sums.txt").unlink()
+    for path in ("out/a/ckpt.pt", "out/a/best.pt", "out/a"):
+        loaded = checkpoints.load_model(registry.resolve(place.workspace, model_path=path), place.workspace)
+        assert loaded.model.config.n_layer == 2 and loaded.tokenizer.decode(loaded.tokenizer.encode("1 and")) == "1 and"
+        assert loaded.iter_num == 12 and loaded.config["dataset"] == "sums"
+
+
+def test_one_iteration_leaves_a_checkpoint_and_so_does_a_loss_that_never_improves(place):
+    assert place.train("a", max_iters=1) == 0
+    assert place.state("a")["iter_num"] == 1
+    assert place.train("b", learning_rate=1e-9) == 0
+    assert place.state("b")["iter_num"] == 12
+
+
+def test_training_is_the_same_twice_and_differs_by_seed(place):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        place.train(name, seed=seed, dropout=0.1)
+    assert place.losses("a") == place.losses("b") != place.losses("c")
+
+
+def test_evaluation_and_samples_change_nothing_in_the_training(place):
+    place.train("often", dropout=0.1, eval_interval=2, eval_iters=3)
+    place.train("rarely", dropout=0.1, eval_interval=12, sample_tokens=0)
+    assert same_weights(place.state("often"), place.state("rarely"))
+
+
+def test_accumulated_steps_make_the_same_batch(place):
+    place.train("whole", batch_size=8)
+    place.train("parts", batch_size=2, gradient_accumulation_steps=4)
+    whole, parts = (place.state(name)["model"] for name in ("whole", "parts"))
+    assert all(torch.allclose(whole[k], parts[k], atol=1e-5) for k in whole)
+
+
+# ---- stop and resume
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_stopped_and_resumed_run_is_bitwise_the_uninterrupted_one(place, monkeypatch, optimizer):
+    fields = {"max_iters": 20, "dropout": 0.1, "optimizer": optimizer}
+    place.train("straight", **fields)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 8)
+        assert place.train("stopped", **fields) == 0
+    assert (place.result("stopped")["state"], place.result("stopped")["iter_num"]) == ("stopped", 8)
+    assert place.train("stopped", init_from="resume") == 0
+    assert place.losses("stopped") == place.losses("straight") and len(place.losses("straight")) == 21
+    assert same_weights(place.state("stopped"), place.state("straight"))
+    assert place.run("stopped").samples.read_text() == place.run("straight").samples.read_text()
+
+
+def test_a_run_killed_between_checkpoints_repeats_the_lost_iterations_exactly(place, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    place.train("straight")
+    with monkeypatch.context() as patch:
+        patch.setattr(train.checkpoints, "save_checkpoint", save_until(6, Killed))
+        patch.setattr(train.Outcome, "__exit__", lambda self, kind, error, trace: kind is Killed)
+        place.train("killed")
+    assert len(place.losses("killed")) == 13 and place.state("killed")["iter_num"] == 6
+    assert place.train("killed", init_from="resume") == 0
+    assert place.losses("killed") == place.losses("straight")
+
+
+def save_until(last: int, error: BaseException | type[BaseException]):
+    save = checkpoints.save_checkpoint
+
+    def saved(path, state):
+        if state["iter_num"] > last:
+            raise error
+        save(path, state)
+
+    return saved
+
+
+def test_a_finished_run_goes_on_with_more_iterations(place):
+    place.train("a", max_iters=6)
+    assert place.train("a", init_from="resume", max_iters=9) == 0
+    assert place.state("a")["iter_num"] == 9
+    saved = json.loads(place.run("a").config.read_text())
+    assert (saved["max_iters"], saved["lr_decay_iters"], saved["init_from"]) == (9, 6, "scratch")
+
+
+def test_a_signal_during_an_evaluation_saves_at_once_and_evaluates_after_the_resume(place, monkeypatch):
+    place.train("straight")
+    loss_on = train.Trainer.loss_on
+
+    def interrupted(self, tokens):
+        self.stop.requested |= self.iter_num == 6
+        return loss_on(self, tokens)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "loss_on", interrupted)
+        place.train("stopped")
+    assert place.result("stopped")["iter_num"] == 6 and place.losses("stopped")[-1][2] is None
+    place.train("stopped", init_from="resume")
+    straight = place.losses("straight")
+    assert place.losses("stopped")[7:] == [(6, None, straight[6][2], None), *straight[7:]]
+
+
+def test_a_signal_between_accumulated_steps_loses_no_finished_iteration(place, monkeypatch):
+    fields = {"gradient_accumulation_steps": 3, "dropout": 0.1}
+    place.train("straight", **fields)
+    batch = train.Trainer.batch
+
+    def interrupting(self, tokens, starts):
+        self.stop.requested |= self.iter_num == 7
+        return batch(self, tokens, starts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "batch", interrupting)
+        place.train("stopped", **fields)
+    assert place.state("stopped")["iter_num"] == 7
+    place.train("stopped", init_from="resume")
+    assert place.losses("stopped") == place.losses("straight")
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_resumed(place, capsys):
+    place.train("a")
+    data = bytearray(place.run("a").checkpoint.read_bytes())
+    data[len(data) // 2] ^= 1
+    place.run("a").checkpoint.write_bytes(data)
+    assert place.train("a", init_from="resume") == 0
+    assert "ckpt.pt is damaged" in (out := capsys.readouterr().out) and "resuming from out/a/ckpt.prev.pt" in out
+    assert place.state("a")["iter_num"] == 12
+
+
+# ---- fine-tuning
+
+
+def test_fine_tuning_starts_from_the_weights_of_a_run_with_its_tokenizer(place):
+    place.train("base", max_iters=24, learning_rate=0.01)
+    start = metrics.read(place.run("base").metrics)[-1]["val_loss"]
+    for name, source in (("t1", "base"), ("t2", "base/best"), ("t3", "out/base/ckpt.pt")):
+        fields = {"dataset": "sums", "init_from": source, "max_iters": 2, "block_size": 8, "dropout": 0.2}
+        assert place.train(name, **fields, window=8, batch_size=4, eval_iters=5, sample_tokens=0) == 0
+        state = place.state(name)
+        assert state["model_args"]["block_size"] == 8 and state["model_args"]["dropout"] == 0.2
+        assert state["model"]["transformer.wpe.weight"].shape == (8, 32)
+        assert metrics.read(place.run(name).metrics)[0]["val_loss"] < start + 0.5
+        assert place.run(name).tokenizer.read_bytes() == place.run("base").tokenizer.read_bytes()
+
+
+def test_a_window_below_the_context_leaves_the_context_as_it_is(place):
+    assert place.train("a", window=8, max_iters=2) == 0
+    assert place.state("a")["model_args"]["block_size"] == 16
+
+
+# ---- refusals
+
+
+REFUSED = {
+    "an unknown device": ({"device": "cuda:7"}, "device is cuda:7, and this machine has"),
+    "fp16 on a cpu": ({"dtype": "fp16"}, "dtype is fp16, which needs a cuda device"),
+    "no dataset": ({"dataset": "nowhere"}, 'there is no dataset "nowhere"'),
+    "too little text": ({"block_size": 60_000}, "tokens"),
+    "a model beyond all memory": ({"n_layer": 200, "n_embd": 16384}, "GB to train"),
+    "a bpe larger than the text allows": ({"tokenizer": "bpe:60000"}, "too small for the tokenizer"),
+    "a foreign path": ({"output_dir": "out/../../x"}, "output_dir is"),
+    "a run that is not there": ({"init_from": "nowhere", "dataset": "sums"}, "nowhere"),
+    "nothing to resume": ({"init_from": "resume"}, "train_config.json does not exist"),
+}
+
+
+@pytest.mark.parametrize("fields, sentence", REFUSED.values(), ids=REFUSED)
+def test_what_cannot_work_is_refused_in_one_sentence_with_exit_code_2(place, capsys, fields, sentence):
+    assert place.train("a", **fields) == 2
+    said = capsys.readouterr().err.strip()
+    assert sentence in said and "\n" not in said and not place.run("a").checkpoint.exists()
+    if place.run("a").result.exists():
+        assert place.result("a") | {"finished": 0} == {
+            "state": "failed", "iter_num": 0, "best_val_loss": None, "exit_code": 2, "finished": 0,
+            "error": said.removeprefix("train.py: "),
+        }  # fmt: skip
+
+
+def test_a_model_and_data_of_different_tokenizers_are_refused(place, capsys):
+    folder = place.workspace.data / "chars"
+    folder.mkdir()
+    ids = np.arange(1000, dtype="<u2") % 5
+    ids.tofile(folder / "train.bin")
+    ids.tofile(folder / "val.bin")
+    (folder / "meta.json").write_text(json.dumps({"stoi": {c: i for i, c in enumerate("abcde")}}))
+    place.train("base", max_iters=1)
+    assert place.train("a", init_from="base", dataset="chars", max_iters=1) == 2
+    assert "holds only tokens of 5 characters and no text" in capsys.readouterr().err
+    assert place.train("b", dataset="chars", tokenizer="auto", max_iters=1) == 0
+
+
+def test_a_trained_model_is_not_overwritten_unasked(place, capsys):
+    place.train("a", max_iters=1)
+    assert place.train("a", max_iters=2) == 2
+    assert "out/a holds a trained model" in capsys.readouterr().err
+    assert place.state("a")["iter_num"] == 1 and place.result("a")["state"] == "succeeded"
+    assert place.train("a", max_iters=2, overwrite="true") == 0
+    assert place.state("a")["iter_num"] == 2 and len(list((place.workspace.out / ".trash").iterdir())) == 1
+
+
+def test_two_trainers_never_share_a_folder(place, capsys):
+    with train.claim(place.run("a"), train.parse(place.argv("a"), ROOT)[0]):
+        assert place.train("a") == 2
+    assert "another process is training in out/a" in capsys.readouterr().err
+
+
+# ---- failures on the way
+
+
+def test_a_loss_that_is_no_number_fails_and_never_reaches_a_checkpoint(place, monkeypatch):
+    batch = train.Trainer.batch
+
+    def spoiling(self, tokens, starts):
+        if self.iter_num == 9 and self.model.training:
+            with torch.no_grad():
+                self.model.lm_head.weight[0] = math.nan
+        return batch(self, tokens, starts)
+
+    monkeypatch.setattr(train.Trainer, "batch", spoiling)
+    assert place.train("a") == 1
+    assert place.result("a")["error"] == "the loss is nan at iteration 9; lower learning_rate"
+    assert place.state("a")["iter_num"] == 6 and all(p.isfinite().all() for p in place.state("a")["model"].values())
+
+
+def test_a_weight_that_is_no_number_is_never_saved(place, monkeypatch):
+    step = train.Trainer.step
+
+    def spoiling(self):
+        if self.iter_num == 7:
+            self.stop.requested = True
+            for p in self.model.parameters():
+                p.grad = torch.full_like(p, math.inf)
+        return step(self)
+
+    monkeypatch.setattr(train.Trainer, "step", spoiling)
+    assert place.train("a") == 1
+    assert "a weight is no longer a number" in place.result("a")["error"] and place.state("a")["iter_num"] == 6
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()], ids=["cuda", "python"])
+def test_running_out_of_memory_says_what_to_lower(place, monkeypatch, error):
+    def full(self):
+        raise error
+
+    monkeypatch.setattr(train.Trainer, "update", full)
+    assert place.train("a") == 1
+    assert place.result("a")["error"] == "out of memory; lower batch_size (4) or window, or choose a smaller model"
+
+
+def test_a_full_disk_fails_the_run_with_that_reason_and_keeps_the_last_checkpoint(place, monkeypatch):
+    monkeypatch.setattr(train.checkpoints, "save_checkpoint", save_until(6, NoSpace("the disk is full")))
+    assert place.train("a") == 1
+    assert place.result("a")["error"] == "the disk is full" and place.state("a")["iter_num"] == 6
+
+
+def test_a_signal_before_the_first_iteration_stops_at_once(place, monkeypatch):
+    monkeypatch.setattr(train, "check_fit", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
+    assert place.train("a") == 0
+    assert place.result("a")["state"] == "stopped" and not place.run("a").checkpoint.exists()
+
+
+# ---- as a process of its own
+
+
+def test_two_processes_make_the_losses_of_one(place):
+    place.train("one", max_iters=3)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        team = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    command = [sys.executable, "train.py", *place.argv("two", max_iters=3)]
+    members = [
+        subprocess.Popen(command, cwd=ROOT, env=os.environ | team | {"RANK": rank}, stdout=subprocess.DEVNULL)
+        for rank in "01"
+    ]
+    try:
+        assert [member.wait(50) for member in members] == [0, 0]
+    finally:
+        for member in members:
+            member.kill()
+    one, two = (metrics.read(place.run(name).metrics) for name in ("one", "two"))
+    assert [row["loss"] for row in two[1:]] == pytest.approx([row["loss"] for row in one[1:]], abs=1e-5)
+    assert two[-1]["val_loss"] == pytest.approx(one[-1]["val_loss"], abs=1e-5)
+
+
+def test_what_cannot_fit_is_refused_before_it_is_tried():
+    tokens = np.zeros(10_000, np.uint16)
+    splits = Splits(tokens, tokens, 1.0, char_tokenizer("ab"), "sums")
+    config = train.resolve(TrainConfig(dataset="sums", output_dir="a", batch_size=4096, block_size=1024))
+    with pytest.raises(ConfigError, match=r"GB for the logits alone, and .* are free; lower batch_size or window"):
+        check_fit(config, splits, vocab_size=50304, context=1024, world=1)
+    with pytest.raises(ConfigError, match="tokenizer char has 2 tokens, more than the model's vocabulary of 1"):
+        check_fit(config, splits, vocab_size=1, context=1024, world=1)
+    odd = config.model_copy(update={"batch_size": 3})
+    with pytest.raises(ConfigError, match="batch_size is 3; 2 processes need a multiple of 2"):
+        check_fit(odd, splits, vocab_size=64, context=1024, world=2)
