@@ -83,7 +83,7 @@ class Engine:
         threads: int | None = None,
         max_waiting: int = 256,
         max_waiting_tokens: int = 256 * 1024,
-        prefill_tokens: int = 512,
+        prefill_tokens: int = 2048,
         request_timeout: float | None = 600.0,
         loader: "Loader" = load_model,
         build: "Builder" = build_runner,

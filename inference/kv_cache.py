@@ -63,11 +63,14 @@ class Together:
         self.end = max(r.end for r in runs)
         self.rows = torch.tensor([r.first for r in runs], device=device)
         self.places = torch.tensor([r.slot - self.low for r in runs], device=device)
-        ends = torch.ones(self.high - self.low, dtype=torch.long, device=device)  # idle slots look at one position
-        ends[self.places] = torch.tensor([r.end for r in runs], device=device)
-        hidden = torch.arange(self.end, device=device) >= ends[:, None]
-        mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -math.inf)
-        self.mask = mask[:, None, None] if bool(hidden.any()) else None
+        self.mask: Tensor | None = None
+        if len(runs) < self.high - self.low or min(r.end for r in runs) < self.end:
+            ends = [1] * (self.high - self.low)  # idle slots look at one position
+            for r in runs:
+                ends[r.slot - self.low] = r.end
+            hidden = torch.arange(self.end, device=device) >= torch.tensor(ends, device=device)[:, None]
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -math.inf)
+            self.mask = mask[:, None, None]  # (slots, 1, 1, end)
 
     @staticmethod
     def pays(runs: list[Run]) -> bool:

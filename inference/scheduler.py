@@ -13,7 +13,7 @@ from inference.sequence import Sequence
 
 LEAST_PREFILL = 16  # prompt tokens per step at least: fewer cost a step nearly as much
 FIRST_PREFILL = 64  # as long as nothing was measured
-LONGEST_STEP = 1.0  # seconds: what arrives, leaves or asks how we are waits for the step to end
+LONGEST_STEP = 0.5  # seconds: what arrives or leaves meanwhile waits for the step to end
 LOGPROB_PREFILL = 128  # at most this many with prompt log-probabilities: each wants a row of logits
 
 
@@ -73,7 +73,7 @@ class PrefillBudget:
     """How many prompt tokens a step may carry: while others decode, what makes it last about two decode steps.
 
     Durations are measured as the engine runs, since a prompt token costs a tenth of a decode step on a
-    small CPU and nothing on a GPU. With nobody to hold up, a step carries `most`, or a second's worth.
+    small CPU and nothing on a GPU. With nobody to hold up, a step carries `most`, or half a second's worth.
     """
 
     def __init__(self, most: int):

@@ -114,12 +114,12 @@ def test_the_budget_makes_a_mixed_step_last_about_two_decode_steps() -> None:
     assert budget.tokens(decoding=False) == 512
 
 
-def test_the_budget_has_a_floor_and_a_second_as_its_ceiling() -> None:
+def test_the_budget_has_a_floor_and_half_a_second_as_its_ceiling() -> None:
     budget = PrefillBudget(most=512)
     budget.observe(0, 10, 0.1)  # a slow machine: 10 ms a token
     budget.observe(1, 0, 0.02)
     assert budget.tokens(decoding=True) == LEAST_PREFILL
-    assert budget.tokens(decoding=False) == 100
+    assert budget.tokens(decoding=False) == 50
     assert PrefillBudget(most=4).tokens(decoding=False) == 4
 
 
