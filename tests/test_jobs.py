@@ -17,6 +17,7 @@ from training import log as job_log
 from training import metrics
 from training.config import ConfigError, TrainConfig
 from training.jobs import JobBusy, JobManager
+from training.local_backend import LocalBackend
 from training.lock_file import OutInUse, OutLock
 from training.process import TRAINER, ProcessIdentity, identify
 
@@ -111,11 +112,15 @@ def config(name="a", **fields) -> TrainConfig:
     return TrainConfig.parse({"dataset": "text", "output_dir": f"out/{name}", "model_type": "nano"} | fields)
 
 
-def wait_for(manager: JobManager, name: str, state: str) -> dict:
-    deadline = time.monotonic() + 10
-    while manager.get(name).state != state:
-        assert time.monotonic() < deadline, f"{name} is {manager.get(name).state}, not {state}"
+def wait_until(condition, seconds=50.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def wait_for(manager: JobManager, name: str, state: str, seconds=10.0) -> dict:
+    wait_until(lambda: manager.get(name).state == state, seconds)
     return manager.get(name).describe()
 
 
@@ -430,3 +435,25 @@ def test_a_log_over_its_limit_is_cut_under_its_writers_hands(place):
         writer.write(b"more\n")
     data = path.read_bytes()
     assert data.startswith(b"(earlier lines") and data.endswith(b"xmore\n") and len(data) < 1_100_000
+
+
+# ---- with real trainers
+
+
+def test_a_real_job_outlives_its_server_stops_when_asked_and_goes_on(place):
+    first = LocalBackend(place.workspace)
+    manager = place.manager(backend=first)
+    shape = {"tokenizer": "char", "n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 2}
+    manager.create(config(**shape, max_iters=1_000_000, log_interval=1, eval_interval=1_000_000, threads=1))
+    identity = manager.get("a").status.identity
+    wait_until(lambda: manager.get("a").describe()["iter_num"] > 0)
+    again = place.restart(backend=LocalBackend(place.workspace))  # does not have the trainer as its child
+    assert again.get("a").describe()["process_id"] == identity.pid
+    again.stop("a")
+    stopped = wait_for(again, "a", "stopped", seconds=30)
+    assert stopped["error"] is None and stopped["iter_num"] > 0 and stopped["has_checkpoint"]
+    assert not first.alive(identity) and first.exit_code(identity) == 0
+    again.resume("a", max_iters=stopped["iter_num"] + 5)
+    assert wait_for(again, "a", "succeeded", seconds=50)["iter_num"] == stopped["iter_num"] + 5
+    rows = [row["iter_num"] for row in metrics.read(place.workspace.run("a").metrics)]
+    assert rows == list(range(stopped["iter_num"] + 6)), "no iteration is missing and none came twice"
