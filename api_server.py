@@ -16,7 +16,8 @@ from typing import Any
 
 import click
 from flask import Flask, Response, g, request
-from flask_openapi3 import Info, OpenAPI
+from flask_openapi3.models.info import Info
+from flask_openapi3.openapi import OpenAPI
 
 from inference.backend import InferenceBackend
 from inference.sequence import InferenceError

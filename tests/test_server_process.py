@@ -20,6 +20,9 @@ from pathlib import Path
 import pytest
 import requests
 
+from api_server import main
+from web.settings import SETTINGS
+
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 40.0  # seconds; a machine that runs other tests is slow
 
@@ -93,6 +96,11 @@ def root(tmp_path_factory) -> Path:
     model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=2048, vocab_size=280))
     for name in ("tiny-shakespeare", "other"):
         pretrained.export(model, tokenizer, folder / "models" / name)
+    run = folder / "out" / "trained"
+    run.mkdir(parents=True)
+    config = {"model_args": model.config.model_args(), "iter_num": 3, "best_val_loss": 2.5, "config": {}}
+    torch.save({"model": model.state_dict(), **config}, run / "ckpt.pt")
+    tokenizer.save(run / "tokenizer.json")
     return folder
 
 
@@ -109,30 +117,48 @@ LONG = {"prompt": "Once", "max_new_tokens": 2000, "temperature": 1.5}
 # ---- starts that are refused
 
 
-def refused(*flags: str, **environ: str) -> str:
-    """Return the one line of a server that does not start."""
-    command = [sys.executable, str(ROOT / "api_server.py"), *flags]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | environ, capture_output=True, text=True, timeout=PATIENCE)
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done
-    return done.stderr
-
-
 def test_a_wrong_option_is_one_line_and_code_2():
-    assert "'--prot'" in refused("--prot", "5000") and "--port" in refused("--prot", "5000")
+    command = [sys.executable, str(ROOT / "api_server.py"), "--prot", "5000"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert "--prot" in done.stderr and "--port" in done.stderr
 
 
-def test_an_unreadable_model_is_one_line_and_code_2(root):
-    assert "out/nothing/ckpt.pt does not exist" in refused("--root", str(root), "--model-path", "out/nothing/ckpt.pt")
+def refused(capsys, *flags: str) -> str:
+    """Return the one line of a server that does not start."""
+    assert main(list(flags)) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("api_server.py: ") and said.err.count("\n") == 1
+    return said.err
 
 
-def test_another_address_without_keys_is_refused(root):
-    assert "needs api_key" in refused("--root", str(root), LM_SERVER_HOST="0.0.0.0")
+def test_an_unreadable_model_is_refused(root, capsys):
+    flags = ("--root", str(root), "--model-path")
+    assert "out/nothing/ckpt.pt does not exist" in refused(capsys, *flags, "out/nothing/ckpt.pt")
+    (root / "out" / "broken").mkdir()
+    (root / "out" / "broken" / "ckpt.pt").write_bytes(b"PK\x03\x04 and no more")
+    assert "broken" in refused(capsys, *flags, "out/broken/ckpt.pt")
 
 
-def test_a_busy_port_and_a_second_server_on_one_out_are_refused(server, tmp_path):
-    assert ".lock is held by another server" in refused("--root", str(server.root), "--port", "0")
-    busy = refused("--root", str(tmp_path), "--model_type", "none", "--port", str(server.port))
+def test_another_address_without_keys_is_refused(root, capsys, monkeypatch):
+    monkeypatch.setenv("LM_SERVER_HOST", "0.0.0.0")
+    assert "needs api_key" in refused(capsys, "--root", str(root))
+
+
+def test_a_model_that_is_not_allowed_is_refused(root, capsys):
+    assert "allow list" in refused(capsys, "--root", str(root), "--model_allow_list", "gpt2")
+
+
+def test_a_busy_port_and_a_second_server_on_one_out_are_refused(server, tmp_path, capsys):
+    assert ".lock is held by another server" in refused(capsys, "--root", str(server.root), "--port", "0")
+    busy = refused(capsys, "--root", str(tmp_path), "--model_type", "none", "--port", str(server.port))
     assert f"port {server.port} on 127.0.0.1 cannot be used" in busy
+
+
+def test_help_names_every_setting(capsys):
+    assert main(["--help"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert all(row.flag in said and row.variable in said for row in SETTINGS)
 
 
 # ---- serving
@@ -158,6 +184,15 @@ def test_pieces_come_one_by_one_and_not_at_the_end(server):
         next(reply.iter_lines())
         assert server.get("/queue").json()["running"] == 1
     until(lambda: server.get("/queue").json()["running"] == 0, 3)
+
+
+def test_a_trained_model_is_listed_exported_and_served_from_there(server):
+    assert "trained" in [run["name"] for run in server.get("/api/models").json()["trained_models"]]
+    reply = server.post("/api/export", {"model": "trained"}).json()
+    assert reply["path"] == "out/trained/export" and (server.root / reply["path"] / "model.safetensors").is_file()
+    assert server.post("/api/load_model", {"model_path": reply["path"]}).status_code == 200
+    assert server.post("/api/export", {"model": "trained/export"}).status_code == 400
+    assert server.post("/api/load_model", {"model_type": "tiny-shakespeare"}).status_code == 200
 
 
 def raw(server: Process, data: bytes) -> socket.socket:
