@@ -33,6 +33,7 @@ class Process:
     def __init__(self, root: Path, *flags: str):
         self.root = root
         environ = {name: value for name, value in os.environ.items() if not name.startswith("LM_SERVER_")}
+        environ |= {"PATH": "", "LM_SERVER_NATIVE_CACHE": str(root / "cache")}  # no compiler: the torch runner serves
         command = [sys.executable, str(ROOT / "api_server.py"), "--port", "0", "--root", str(root), *flags]
         self.child = subprocess.Popen(
             command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ
@@ -40,9 +41,13 @@ class Process:
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        self.url = until(lambda: next((m[0] for m in map(re.compile(r"http://\S+").search, self.lines) if m), None))
+        self.url = until(self.address)
         self.port = int(self.url.rsplit(":", 1)[1])
         until(self.ready)
+
+    def address(self) -> str | None:
+        assert self.child.poll() is None, self.lines
+        return next((m[0] for m in map(re.compile(r"http://\S+").search, self.lines) if m), None)
 
     def _read(self) -> None:
         for line in self.child.stdout:
@@ -50,6 +55,7 @@ class Process:
         self.child.stdout.close()
 
     def ready(self) -> bool:
+        assert self.child.poll() is None, self.lines
         with contextlib.suppress(requests.RequestException):
             return requests.get(self.url + "/healthz", timeout=5).status_code == 200
         return False
