@@ -21,12 +21,22 @@ from flask_openapi3.openapi import OpenAPI
 
 from inference.backend import InferenceBackend
 from inference.sequence import InferenceError
+from storage import hub
 from storage.errors import StorageError
 from storage.inspection import inspect
 from storage.registry import resolve
 from storage.runs import Workspace
 from training.jobs import JobManager
-from web import errors, health_routes, job_routes, native_routes, openai_routes, security
+from web import (
+    errors,
+    file_routes,
+    fine_tuning_routes,
+    health_routes,
+    job_routes,
+    native_routes,
+    openai_routes,
+    security,
+)
 from web.context import EXTENSION, Context, StreamLimit
 from web.errors import Refused
 from web.json_replies import JsonReplies
@@ -87,8 +97,8 @@ def create_app(settings: Settings, engine: InferenceBackend, jobs: JobManager, w
     errors.register(app)
     _note_request(app, metrics)
     security.protect(app, settings)
-    for routes in (native_routes.routes, job_routes.routes, openai_routes.routes, health_routes.routes):
-        app.register_api(routes)
+    for module in (native_routes, job_routes, openai_routes, file_routes, fine_tuning_routes, health_routes):
+        app.register_api(module.routes)
     return app
 
 
@@ -159,13 +169,15 @@ def build(settings: Settings, workspace: Workspace) -> tuple[Flask, ServerProces
 
 
 def check_model(settings: Settings, workspace: Workspace) -> None:
-    """Refuse a model that cannot be served, as far as its file tells. Raises StorageError and Refused."""
+    """Fetch a pretrained model that is not here, and refuse what cannot be served. Raises StorageError and Refused."""
     choice = first_choice(settings)
     if choice is None:
         return
     reference = resolve(workspace, **choice)
     check_allowed(settings, reference)
-    if reference.path is not None:
+    if reference.path is None:
+        hub.fetch(reference.id, workspace, lambda text: print(text, flush=True))
+    else:
         inspect(reference)
 
 

@@ -146,6 +146,13 @@ def test_an_unreadable_model_is_refused(root, capsys):
     assert "broken" in refused(capsys, *flags, "out/broken/ckpt.pt")
 
 
+def test_a_pretrained_model_that_cannot_be_had_is_refused(root, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(root))
+    assert main(["--root", str(root), "--model_type", "gpt2-xl"]) == 2
+    assert "gpt2-xl is not on this machine" in capsys.readouterr().err
+
+
 def test_another_address_without_keys_is_refused(root, capsys, monkeypatch):
     monkeypatch.setenv("LM_SERVER_HOST", "0.0.0.0")
     assert "needs api_key" in refused(capsys, "--root", str(root))
