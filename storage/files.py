@@ -151,10 +151,13 @@ def _refuse_constant(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
 
 
+_STRICT = json.JSONDecoder(parse_constant=_refuse_constant)  # made once: a listing parses thousands of files
+
+
 def parse_json(data: bytes, name: str) -> Any:
     """Return the value of strict JSON; NotLoadable, naming `name`, for anything else."""
     try:
-        return json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+        return _STRICT.decode(data.decode("utf-8"))
     except RecursionError:
         raise NotLoadable(f"{name} is nested too deeply") from None
     except ValueError as e:  # JSON, UTF-8 and integers of more than 4300 digits
@@ -165,9 +168,11 @@ def parse_json(data: bytes, name: str) -> Any:
 def read_bytes(path: str | Path, limit_bytes: int, follow: bool = False) -> bytes:
     """Return a regular file's content; raises NotFound, and NotLoadable for a larger file or another kind."""
     descriptor = open_descriptor(path, follow=follow)
-    with open(descriptor, "rb", buffering=0) as f:
+    try:
         size = os.fstat(descriptor).st_size
-        data = f.read(size + 1) if size <= limit_bytes else b""
+        data = os.read(descriptor, size + 1) if size <= limit_bytes else b""
+    finally:
+        os.close(descriptor)
     if len(data) > size or size > limit_bytes:  # it grew, or was too large from the start
         raise NotLoadable(f"{os.path.basename(path)} is larger than {min(size, limit_bytes)} bytes")
     return data

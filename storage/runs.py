@@ -95,7 +95,8 @@ class Run:
         """
         folder = str(self.folder)  # thousands of runs are described at once, and Path is slow
         name, found = self._weights(folder)
-        config, damage = _read_object(f"{folder}/train_config.json")
+        exported = name.startswith("model.safetensors")
+        config, damage = _read_object(f"{folder}/{'config.json' if exported else 'train_config.json'}")
         manifest, manifest_damage = _read_object(f"{folder}/{name}.json")
         entry, size_damage = _entry_of(manifest, name, found.st_size)
         return {

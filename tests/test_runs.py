@@ -101,6 +101,11 @@ def test_a_run_with_other_weights_only_is_described_by_them(workspace, name):
     assert run.describe()["path"] == f"out/a/{name}"
 
 
+def test_an_exported_folder_shows_its_own_config(workspace):
+    run = write(workspace.run("a"), model__safetensors=b"xyz", config__json={"n_layer": 2}, train_config__json={"x": 1})
+    assert run.describe()["config"] == {"n_layer": 2}
+
+
 def test_a_run_without_weights_is_not_among_the_models(workspace):
     run = write(workspace.run("a"), train_config__json={})
     with pytest.raises(NotFound, match="out/a has no checkpoint"):
