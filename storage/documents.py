@@ -3,7 +3,8 @@
 A .txt file is one document; a .jsonl file has one per line: {"text"}, {"prompt", "completion"} or {"messages"}.
 Text is UTF-8 (a BOM is dropped) and its lines end in LF; anything else is refused with the place of the fault.
 Documents come in pieces, so that a file larger than the memory can be read. A piece ends where GPT-2's pattern
-cuts anyway, so the tokens of the pieces are the tokens of the whole. No tokens here, and no splits.
+cuts anyway, so the tokens of the pieces are the tokens of the whole. A file val.txt or val.jsonl comes last and
+is the text to validate on. No tokens here.
 """
 
 import codecs
@@ -21,6 +22,7 @@ from storage.errors import NotFound, NotLoadable
 from storage.files import NAME, look_up, open_regular
 
 SUFFIXES = (".txt", ".jsonl")
+VALIDATION = ("val.txt", "val.jsonl")
 READ_BYTES = 2**20
 MAX_LINE_BYTES = 64 * 2**20
 MAX_PIECE = 4 * 2**20  # characters; only text without any space or line end is cut elsewhere than between words
@@ -42,9 +44,9 @@ class Source:
 
 
 def sources(folder: Path) -> list[Source]:
-    """Return the text files in a folder, sorted by name; raises NotLoadable for links and special files."""
+    """Return the text files in a folder, by name, VALIDATION last; raises NotLoadable for links, special files."""
     found = []
-    for name in sorted(os.listdir(folder)):
+    for name in sorted(os.listdir(folder), key=lambda name: (name in VALIDATION, name)):
         if not name.endswith(SUFFIXES) or not NAME.fullmatch(name):
             continue
         entry = look_up(folder, [name])
@@ -209,6 +211,12 @@ def scan(stream: Iterator[tuple[str, bool]]) -> Scan:
             result.hashes.append(int.from_bytes(digest.digest(), "little"))
             digest = hashlib.blake2b(digest_size=8)
     return result
+
+
+def validation_start(folder: Path, files: Sequence[Source]) -> int | None:
+    """Return how many characters come before the files of VALIDATION, None if `sources` found none of these."""
+    before = [file for file in files if file.name not in VALIDATION]
+    return None if len(before) == len(files) else scan(pieces(folder, before)).characters
 
 
 def count_documents(folder: Path, files: Sequence[Source]) -> int | None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from storage.documents import Source, pieces, scan
+from storage.documents import Source, pieces, scan, validation_start
 from storage.errors import NoSpace, NotFound, NotLoadable, StorageError
 from storage.files import (
     NAME,
@@ -27,7 +27,7 @@ from storage.files import (
     temporary_beside,
     write_json,
 )
-from storage.token_files import Progress, Splits, bytes_per_token, open_tokens, token_type, write_tokens
+from storage.token_files import Progress, Splits, bytes_per_token, open_tokens, split, token_type, write_tokens
 from storage.tokenizer import Tokenizer
 
 META_BYTES = 2**24
@@ -97,7 +97,8 @@ class TokenCache:
         found, dtype = scan(pieces(source, files)), token_type(tokenizer.n_vocab)
         expected = found.characters if tokenizer.kind == "char" else int(found.bytes * EXPECTED_TOKENS_PER_BYTE)
         require_space(folder, expected * dtype.itemsize)
-        write_tokens(folder, pieces(source, files), found, tokenizer, progress)
+        labelled = split(pieces(source, files), found, validation_start(source, files))
+        write_tokens(folder, labelled, found, tokenizer, progress)
         sizes = {name: (folder / f"{name}.bin").stat().st_size // dtype.itemsize for name in ("train", "val")}
         for name, size in sizes.items():
             if size == 0:

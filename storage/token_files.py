@@ -128,12 +128,17 @@ def split_by_hash(
         document += ends
 
 
-def split(stream: Iterator[tuple[str, bool]], found: Scan) -> Iterator[tuple[int, str, bool]]:
+def split(
+    stream: Iterator[tuple[str, bool]], found: Scan, val_from: int | None = None
+) -> Iterator[tuple[int, str, bool]]:
     """Label pieces of documents with 0 (train) or 1 (val), the same way each time.
 
+    `val_from` is the character at which text that is meant for val begins, None if the dataset has no such text.
     Many documents: every tenth (hundredth, of much text) by the order of their hashes, so that copies of one
     document are on the same side. Few documents, or one: the last tenth of the characters, as in nanoGPT.
     """
+    if val_from is not None:
+        return split_by_place(stream, val_from)
     distinct = sorted(set(found.hashes))
     if len(distinct) < MANY_DOCUMENTS:
         return split_by_place(stream, int(found.characters * 0.9))
@@ -203,13 +208,17 @@ def _in_order(
 
 
 def write_tokens(
-    folder: Path, stream: Iterator[tuple[str, bool]], found: Scan, tokenizer: Tokenizer, progress: Progress
+    folder: Path,
+    stream: Iterator[tuple[int, str, bool]],
+    found: Scan,
+    tokenizer: Tokenizer,
+    progress: Progress,
 ) -> None:
-    """Write train.bin and val.bin of all documents into `folder`, synced to the disk."""
+    """Write train.bin and val.bin of the documents that `split` labelled into `folder`, synced to the disk."""
     dtype, done = token_type(tokenizer.n_vocab), 0
     between = separator(tokenizer, found.documents)
     with open(folder / "train.bin", "xb") as train, open(folder / "val.bin", "xb") as val:
-        for train_ids, val_ids, characters in _in_order(tokenizer, between, split(stream, found), usable_cores()):
+        for train_ids, val_ids, characters in _in_order(tokenizer, between, stream, usable_cores()):
             train.write(train_ids.astype(dtype).tobytes())
             val.write(val_ids.astype(dtype).tobytes())
             done += characters

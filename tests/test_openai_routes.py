@@ -300,10 +300,6 @@ def test_tokenize_refuses_what_it_cannot(tmp_path):
     [
         ("POST", "/v1/chat/completions"),
         ("POST", "/v1/embeddings"),
-        ("POST", "/v1/files"),
-        ("GET", "/v1/files/file-1/content"),
-        ("POST", "/v1/fine_tuning/jobs"),
-        ("POST", "/v1/fine_tuning/jobs/1/cancel"),
     ],
 )
 def test_what_is_not_there_yet_says_so_once(server, method, path):

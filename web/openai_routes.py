@@ -1,6 +1,6 @@
 """/v1/models, /v1/completions, /completions, /tokenize, /detokenize, /tokenizer_info: OpenAI's inference API.
 
-What is not here yet (chat, embeddings, files, fine-tuning) says so in OpenAI's words: 501, and what to use.
+What is not here yet (chat, embeddings) says so in OpenAI's words: 501, and what to use.
 """
 
 from http import HTTPStatus
@@ -181,18 +181,3 @@ def chat_completions() -> Response:
 def embeddings() -> Response:
     """Not available yet."""
     raise Refused(501, "embeddings are not available yet", "not_implemented")
-
-
-def _not_yet(rest: str = "") -> Response:
-    raise Refused(
-        501, "files and fine-tuning jobs are not available yet; use /api/datasets and /api/train", "not_implemented"
-    )
-
-
-for _rule, _methods in {
-    "/v1/files": ("POST", "GET"),
-    "/v1/files/<path:rest>": ("GET", "DELETE"),
-    "/v1/fine_tuning/jobs": ("POST",),
-    "/v1/fine_tuning/jobs/<path:rest>": ("GET", "POST"),
-}.items():
-    routes.add_url_rule(_rule, _rule.translate(str.maketrans("/<:>", "____")), _not_yet, methods=_methods)
