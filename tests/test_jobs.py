@@ -244,9 +244,11 @@ def test_a_job_ends_as_its_trainer_says(place):
 def test_a_trainer_that_dies_fails_with_its_code_and_last_words(place):
     manager = place.manager()
     manager.create(config())
-    place.workspace.run("a").log.write_text("Traceback\nValueError: no good\n")
+    place.workspace.run("a").log.write_text(
+        'Traceback (most recent):\n  File "/x.py"\n    boom()\nValueError: no good\n'
+    )
     place.backend.end("a", code=3)
-    assert wait_for(manager, "a", "failed")["error"] == "exit code 3; its last words: Traceback\nValueError: no good"
+    assert wait_for(manager, "a", "failed")["error"] == "exit code 3; its last words: ValueError: no good"
     manager.create(config("b"))
     place.backend.end("b", code=-9)
     assert "killed by SIGKILL, perhaps because memory ran out" in wait_for(manager, "b", "failed")["error"]

@@ -41,10 +41,10 @@ def tail(path: Path, limit: int = TAIL_BYTES) -> str:
     return _read(path, max(0, _size(path) - limit), limit)[0].decode("utf-8", "replace")
 
 
-def last_lines(path: Path, lines: int = 5, limit: int = 2000) -> str:
-    """Return the last lines that say something, for a sentence about what went wrong."""
-    said = [line.strip() for line in tail(path, limit).splitlines()]
-    return "\n".join([line for line in said if line][-lines:])
+def last_lines(path: Path, lines: int = 3, limit: int = 4096) -> str:
+    """Return the last lines that say something, for a sentence about what went wrong; frames of a traceback do not."""
+    said = [line for line in tail(path, limit).splitlines() if line.strip() and not line[0].isspace()]
+    return "\n".join([line for line in said if not line.startswith("Traceback")][-lines:])
 
 
 def follow(path: Path, running: Callable[[], bool], interval: float = 0.5) -> Iterator[str | None]:

@@ -18,6 +18,8 @@ from training.config import ConfigError, TrainConfig
 from training.metrics import finite
 from training.stop_signal import Stopped
 
+NO_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc")  # as PyTorch and C++ say it
+
 
 class Diverged(Exception):
     """The loss is no longer a number."""
@@ -29,7 +31,7 @@ def explain(error: BaseException, config: TrainConfig | None, iter_num: int) -> 
         return 2 if iter_num == 0 else 1, str(error)
     if isinstance(error, Diverged):
         return 1, str(error)
-    if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
+    if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
         size = "" if config is None else f" ({config.batch_size})"
         return 1, f"out of memory; lower batch_size{size} or window, or choose a smaller model"
     return 1, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -67,6 +69,8 @@ class Outcome:
         sentence = None
         if error is not None:
             self.exit_code, sentence = explain(error, self.config, self.iter_num)
+            if self.run is not None:
+                sentence = sentence.replace(f"{self.run.folder.parent.parent}/", "")
             if self.exit_code == 1:
                 traceback.print_exception(error)
             print(f"train.py: {sentence}", file=sys.stderr, flush=True)
