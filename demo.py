@@ -23,7 +23,7 @@ from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parent
 RUN = "demo"
-ITERATIONS = 400  # about a minute on two cores
+ITERATIONS = 300  # about a minute on two cores
 START_SECONDS = 60.0  # until the server must have its model
 STOP_SECONDS = 40.0  # until a job or the server must have ended
 LOG_LINES = 20  # of the server's output, shown after a failure
@@ -130,7 +130,7 @@ def show_loop() -> None:
     """Go once through the loop: look, train, load, generate."""
     step("Ask the server how it is.", "status")
     replace_old_run()
-    what = ("--dataset", "stdlib", "--model_type", "nano", "--max_iters", str(ITERATIONS), "--eval_interval", "50")
+    what = ("--dataset", "stdlib", "--model_type", "nano", "--max_iters", str(ITERATIONS), "--eval_interval", "100")
     step(
         "Train a small model from scratch on the Python sources of this machine. The job runs on the server; we watch.",
         *("train", "--output_dir", f"out/{RUN}", *what, "--follow"),
