@@ -1,0 +1,361 @@
+"""/v1/fine_tuning/jobs over HTTP: the same jobs as /api/jobs, in OpenAI's words."""
+
+import io
+import json
+
+import pytest
+from fakes import FakeServer, byte_tokenizer
+
+from storage.files import write_json
+from storage.inspection import Inspection
+from training import fine_tuning_plan, metrics
+
+JOBS = "/v1/fine_tuning/jobs"
+LINES = b"".join(
+    b'{"prompt": "What is %d?", "completion": " It is a number, and a fine one."}\n' % i for i in range(200)
+)
+TRAIN = {"dataset": "shakesphere", "output_dir": "out/by_hand", "model_type": "gpt2", "max_iters": 20}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_tokenizer()
+
+
+@pytest.fixture
+def server(tmp_path, tokenizer):
+    return FakeServer(tmp_path, tokenizer)
+
+
+def upload(server, data=LINES, filename="a.jsonl", purpose="fine-tune"):
+    form = {"file": (io.BytesIO(data), filename), "purpose": purpose}
+    return server.client.post("/v1/files", data=form).json["id"]
+
+
+@pytest.fixture
+def file_id(server):
+    return upload(server)
+
+
+def create(server, file_id, **more):
+    reply = server.post(JOBS, {"model": "nano", "training_file": file_id} | more)
+    assert reply.status_code == 200, reply.json
+    return reply.json
+
+
+def refusal(server, status=400, **body):
+    reply = server.post(JOBS, body)
+    assert reply.status_code == status, reply.json
+    return reply.json["error"]
+
+
+def run_of(server, job):
+    return server.workspace.run(job["name"])
+
+
+def finish(server, job, state="succeeded"):
+    server.jobs.get(job["name"]).state = state
+    write_json(run_of(server, job).status, {"state": state, "created": 1.0})
+
+
+def test_a_job_has_every_key_that_clients_need(server, file_id):
+    job = create(server, file_id, suffix="mine", seed=7, metadata={"a": "b"})
+    assert job["id"].startswith("ftjob-") and job["object"] == "fine_tuning.job" and job["status"] == "running"
+    for name in ("error", "finished_at", "fine_tuned_model", "trained_tokens", "validation_file"):
+        assert name in job and job[name] is None
+    assert (job["model"], job["training_file"], job["seed"], job["metadata"]) == ("nano", file_id, 7, {"a": "b"})
+    assert job["result_files"] == [] and job["organization_id"] and type(job["created_at"]) is int
+    assert "auto" not in job["hyperparameters"].values() and len(job["hyperparameters"]) == 3
+    assert server.get(f"{JOBS}/{job['id']}").json["suffix" if "suffix" in job else "id"]
+
+
+def test_the_job_is_one_of_the_native_jobs(server, file_id):
+    job = create(server, file_id)
+    (native,) = server.get("/api/jobs").json["jobs"]
+    assert native["name"] == job["name"] == job["id"] and native["config"]["dataset"] == file_id
+    assert (server.workspace.data / file_id / "documents.jsonl").read_bytes() == LINES
+
+
+def test_a_native_job_is_here_too(server):
+    server.post("/api/train", TRAIN)
+    (job,) = server.get(JOBS).json["data"]
+    assert job["name"] == "by_hand" and job["training_file"] == "shakesphere" and job["model"] == "gpt2"
+    assert server.get(f"{JOBS}/{job['id']}").json["output_dir"] == "out/by_hand"
+    assert server.client.post(f"{JOBS}/{job['id']}/cancel").json["status"] == "cancelled"
+    assert server.get("/api/jobs/by_hand").json["state"] == "stopped"
+
+
+def test_a_second_job_waits(server, file_id):
+    create(server, file_id)
+    assert create(server, file_id)["status"] == "queued"
+
+
+@pytest.mark.parametrize(
+    ("asked", "key", "value"),
+    [
+        ({"method": {"type": "supervised", "supervised": {"hyperparameters": {"batch_size": 3}}}}, "batch_size", 3),
+        ({"hyperparameters": {"batch_size": 3}}, "batch_size", 3),
+        ({"hyperparameters": {}, "method": {"type": "supervised"}}, "batch_size", 32),
+        ({"hyperparameters": {"batch_size": "auto"}, "batch_size": 5}, "batch_size", 5),
+        ({"hyperparameters": {"learning_rate_multiplier": 2}}, "learning_rate", 0.01),
+        ({"learning_rate": 0.002}, "learning_rate", 0.002),
+        ({"max_iters": 7, "hyperparameters": {"n_epochs": 3}}, "max_iters", 7),
+        ({"n_layer": 2}, "n_layer", 2),
+        ({}, "max_iters", 2000),
+        ({"seed": 0}, "seed", 0),
+    ],
+)
+def test_what_was_asked_reaches_the_trainer(server, file_id, asked, key, value):
+    create(server, file_id, **asked)
+    assert server.get("/api/jobs").json["jobs"][0]["config"][key] == pytest.approx(value)
+
+
+def test_epochs_become_iterations_by_the_size_of_the_text(server, file_id):
+    configs = [create(server, file_id, hyperparameters={"n_epochs": n})["max_iters"] for n in (1, 10)]
+    assert configs[1] == 10 * configs[0] and configs[0] == pytest.approx(len(LINES) * 0.7 / 2.5 / (32 * 64), abs=2)
+
+
+def test_a_tiny_file_gets_windows_that_it_can_fill(server):
+    tiny = upload(server, b"".join(b'{"text": "number %d is here for you"}\n' % i for i in range(10)))
+    config = server.get("/api/jobs/" + create(server, tiny)["name"]).json["config"]
+    assert config["window"] < 20 and config["block_size"] == 64
+
+
+def test_from_scratch_takes_the_preset_and_not_the_pretrained_weights(server, file_id):
+    for body in ({"model": "gpt2", "from_scratch": True}, {"model": "my-model", "from_scratch": "micro"}):
+        job = create(server, file_id, **body)
+        config = server.get(f"/api/jobs/{job['name']}").json["config"]
+        assert config["init_from"] == "scratch" and config["model_type"] in ("gpt2", "micro")
+
+
+def test_fine_tuning_fits_the_windows_to_the_base_model(server, file_id, monkeypatch, tokenizer):
+    base = server.workspace.out / "base"
+    base.mkdir(parents=True)
+    (base / "ckpt.pt").write_bytes(b"x")
+    tokenizer.save(base / "tokenizer.json")
+    shape = Inspection("checkpoint", base / "ckpt.pt", {"block_size": 48}, {}, {}, 0, 0)
+    monkeypatch.setattr(fine_tuning_plan, "inspect", lambda reference: shape)
+    config = server.get("/api/jobs/" + create(server, file_id, model="base")["name"]).json["config"]
+    assert (config["init_from"], config["window"], config["optimizer"]) == ("base", 48, "adamw")
+    assert 1 <= config["max_iters"] <= 200 and config["eval_interval"] <= config["max_iters"]
+
+
+def test_a_dataset_may_be_named_instead_of_a_file(server, tmp_path):
+    (tmp_path / "data/mine").mkdir(parents=True)
+    (tmp_path / "data/mine/text.txt").write_text("To be or not to be. " * 200)
+    reply = server.post(JOBS, {"model": "nano", "dataset": "mine"})
+    assert reply.json["training_file"] == "mine" and reply.json["status"] == "running"
+
+
+def test_a_validation_file_goes_into_the_dataset(server, file_id):
+    other = upload(server, LINES[:4000].rsplit(b"\n", 1)[0])
+    job = create(server, file_id, validation_file=other)
+    dataset = server.get(f"/api/jobs/{job['name']}").json["config"]["dataset"]
+    assert job["validation_file"] == other
+    assert sorted(path.name for path in (server.workspace.data / dataset).iterdir()) == ["documents.jsonl", "val.jsonl"]
+
+
+def test_unknown_parameters_are_ignored_and_named(server, file_id):
+    body = {"model": "nano", "training_file": file_id, "integrations": None, "foo": 1, "output_dir": "out/evil"}
+    reply = server.post(JOBS, body | {"max_iters": 5})
+    assert reply.status_code == 200 and reply.headers["X-Ignored-Params"] == "foo, integrations, output_dir"
+    assert not (server.workspace.out / "evil").exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "status", "words"),
+    [
+        ({"training_file": None}, 400, "training_file is required"),
+        ({"model": None}, 400, "model is required"),
+        ({"model": ""}, 400, "model"),
+        ({"model": 3}, 400, "model is 3"),
+        ({"model": "../../etc"}, 400, "is"),
+        ({"model": "nobody"}, 404, "nobody"),
+        ({"model": "ft:nano:local::" + "0" * 24}, 404, "ftjob-"),
+        ({"training_file": "../../etc/passwd"}, 404, "there is no file"),
+        ({"training_file": "file-nope"}, 404, "there is no file"),
+        ({"validation_file": "file-nope"}, 404, "there is no file"),
+        ({"suffix": "a b"}, 400, "suffix is"),
+        ({"suffix": "x" * 65}, 400, "suffix is"),
+        ({"seed": -1}, 400, "seed is -1"),
+        ({"seed": 2**31}, 400, "seed is"),
+        ({"hyperparameters": "auto"}, 400, "hyperparameters is 'auto'"),
+        ({"hyperparameters": {"n_epochs": 10**9}}, 400, "n_epochs is 1000000000"),
+        ({"hyperparameters": {"n_epochs": 0}}, 400, "n_epochs is 0"),
+        ({"hyperparameters": {"n_epochs": True}}, 400, "n_epochs is true"),
+        ({"hyperparameters": {"batch_size": 257}}, 400, "batch_size is 257"),
+        ({"hyperparameters": {"learning_rate_multiplier": 0}}, 400, "learning_rate_multiplier is 0"),
+        ({"method": {"type": "dpo"}}, 400, "method.type is 'dpo'"),
+        ({"method": []}, 400, "method is"),
+        ({"metadata": {"a": "b" * 513}}, 400, "metadata"),
+        ({"from_scratch": 3}, 400, "from_scratch is 3"),
+        ({"model": "distilgpt2", "from_scratch": True}, 400, "from_scratch needs a preset"),
+        ({"max_iters": -1}, 400, "max_iters is -1"),
+        ({"max_iters": "5"}, 400, "max_iters is '5'"),
+        ({"device": "tpu"}, 400, "device is"),
+        ({"dataset": "mine"}, 400, "not both"),
+    ],
+)
+def test_a_wrong_job_is_refused_by_name(server, file_id, wrong, status, words):
+    body = {"model": "nano", "training_file": file_id} | wrong
+    assert words in refusal(server, status, **body)["message"]
+    assert server.get(JOBS).json["data"] == [] and not list(server.workspace.out.glob("ftjob-*"))
+
+
+@pytest.mark.parametrize(
+    ("purpose", "data", "words"), [("fine-tune", b"{\n", "line 1"), ("assistants", LINES, "purpose assistants")]
+)
+def test_a_file_that_cannot_be_trained_on_is_refused(server, purpose, data, words):
+    error = refusal(server, model="nano", training_file=upload(server, data, purpose=purpose))
+    assert words in error["message"] and error["param"] == "training_file"
+
+
+def test_a_job_that_the_manager_refuses_leaves_nothing(server, file_id, monkeypatch):
+    def fail(config):
+        raise OSError("no")
+
+    monkeypatch.setattr(server.jobs, "create", fail)
+    assert server.post(JOBS, {"model": "nano", "training_file": file_id}).status_code == 500
+    assert list(server.workspace.out.glob("*")) == []
+
+
+def test_jobs_come_in_pages_newest_first(server, file_id):
+    made = [create(server, file_id)["id"] for _ in range(5)]
+    first = server.get(f"{JOBS}?limit=3").json
+    assert [job["id"] for job in first["data"]] == made[:1:-1] and first["has_more"] is True
+    rest = server.get(f"{JOBS}?after={first['last_id']}").json
+    assert [job["id"] for job in rest["data"]] == made[1::-1] and rest["has_more"] is False
+
+
+@pytest.mark.parametrize("query", ["after=ftjob-nobody", "limit=0", "limit=-1&after=..%2f", "limit=" + "9" * 400])
+def test_a_wrong_page_is_refused(server, file_id, query):
+    create(server, file_id)
+    assert server.get(f"{JOBS}?{query}").status_code == 400
+
+
+@pytest.mark.parametrize("wanted", ["ftjob-nobody", "ftjob-" + "0" * 24, "1;kill", "..%2f..%2fetc%2fpasswd", "by_hand"])
+def test_an_unknown_job_is_not_found(server, wanted):
+    server.post("/api/train", TRAIN)
+    for path in ("", "/events", "/checkpoints"):
+        assert server.get(f"{JOBS}/{wanted}{path}").status_code == 404
+    for verb in ("cancel", "pause", "resume"):
+        assert server.client.post(f"{JOBS}/{wanted}/{verb}").status_code == 404
+
+
+EMPTY = {"content_type": "application/json", "data": b""}
+
+
+def test_a_job_is_paused_and_goes_on_and_is_cancelled_with_empty_bodies(server, file_id):
+    job = create(server, file_id)
+    paused = server.client.post(f"{JOBS}/{job['id']}/pause", **EMPTY).json
+    # the fake job is as old as each look at it, where a real one keeps the time of its creation
+    assert paused["status"] in ("paused", "cancelled") and paused["fine_tuned_model"] is None
+    write_json(run_of(server, job).folder / "openai.json", {"paused": 5.0})
+    server.jobs.get(job["name"]).describe = lambda: described(server, job)
+    assert server.client.post(f"{JOBS}/{job['id']}/resume", **EMPTY).json["status"] == "running"
+    assert server.client.post(f"{JOBS}/{job['id']}/cancel", **EMPTY).json["status"] == "cancelled"
+
+
+def described(server, job, **more):
+    fake = server.jobs.get(job["name"])
+    return type(fake).describe(fake) | {"created": 5.0, "started": 6.0} | more
+
+
+@pytest.mark.parametrize("state", ["succeeded", "failed", "stopped", "lost"])
+def test_a_job_that_has_ended_refuses_without_409(server, file_id, state):
+    job = create(server, file_id)
+    finish(server, job, state)
+    for verb in ("cancel", "pause", "resume"):
+        reply = server.client.post(f"{JOBS}/{job['id']}/{verb}", **EMPTY)
+        assert reply.status_code == 400 and job["id"] in reply.json["error"]["message"]
+
+
+@pytest.mark.parametrize(("state", "status"), [("failed", "failed"), ("lost", "failed"), ("stopped", "cancelled")])
+def test_the_end_of_a_job_has_a_status(server, file_id, state, status):
+    job = create(server, file_id)
+    finish(server, job, state)
+    found = server.get(f"{JOBS}/{job['id']}").json
+    assert found["status"] == status and found["fine_tuned_model"] is None and found["trained_tokens"] == 0
+    assert (found["error"] is None) == (status == "cancelled")
+    assert found["error"] is None or set(found["error"]) == {"code", "message", "param"}
+
+
+def trained(server, file_id, **more):
+    """Return a job that has succeeded, with two checkpoints and some metrics."""
+    job = create(server, file_id, **more)
+    run = run_of(server, job)
+    for row in ({"iter_num": 5, "loss": 3.0}, {"iter_num": 8, "loss": 2.5, "train_loss": 2.4, "val_loss": 2.6}):
+        metrics.append(run.metrics, row | {"time": 1000.0 + row["iter_num"]})
+    metrics.append(run.metrics, {"iter_num": 10, "loss": float("nan"), "time": 1010.0})
+    for path, step in ((run.checkpoint, 10), (run.best, 8)):
+        path.write_bytes(b"x")
+        write_json(run.manifest(path), {"size": 1, "iter_num": step, "written": 1000.0 + step})
+    finish(server, job)
+    return job
+
+
+def test_a_succeeded_job_names_its_model(server, file_id):
+    job = trained(server, file_id, suffix="mine")
+    found = server.get(f"{JOBS}/{job['id']}").json
+    assert found["status"] == "succeeded"
+    assert found["fine_tuned_model"] == f"ft:nano:local:mine:{job['id'].removeprefix('ftjob-')}"
+
+
+def test_events_come_newest_first_in_strict_json(server, file_id):
+    job = trained(server, file_id)
+    reply = server.get(f"{JOBS}/{job['id']}/events")
+    assert "NaN" not in reply.get_data(as_text=True)
+    found = reply.json["data"]
+    assert [event["type"] for event in found] == ["message", "metrics", "metrics", "metrics", "message"]
+    assert "succeeded" in found[0]["message"] and "created" in found[-1]["message"]
+    assert found[2]["data"] == {"step": 8, "total_steps": 2000, "train_loss": 2.4, "valid_loss": 2.6}
+    keys = {"id", "object", "created_at", "level", "message", "type", "data"}
+    assert all(set(event) == keys and event["object"] == "fine_tuning.job.event" for event in found)
+
+
+def test_new_events_do_not_shift_the_pages(server, file_id):
+    job = create(server, file_id)
+    rows = run_of(server, job).metrics
+    for step in range(1, 45):
+        metrics.append(rows, {"iter_num": step, "loss": 1.0, "time": 1.0})
+    first = server.get(f"{JOBS}/{job['id']}/events").json
+    metrics.append(rows, {"iter_num": 45, "loss": 1.0, "time": 1.0})
+    second = server.get(f"{JOBS}/{job['id']}/events?after={first['last_id']}").json
+    third = server.get(f"{JOBS}/{job['id']}/events?after={second['last_id']}").json
+    steps = [event["data"].get("step", 0) for page in (first, second, third) for event in page["data"]]
+    assert steps == list(range(44, -1, -1)) and (len(first["data"]), third["has_more"]) == (20, False)
+
+
+def test_the_latest_and_the_best_checkpoint_are_listed(server, file_id):
+    job = trained(server, file_id)
+    name = server.get(f"{JOBS}/{job['id']}").json["fine_tuned_model"]
+    found = server.get(f"{JOBS}/{job['id']}/checkpoints").json["data"]
+    assert [item["step_number"] for item in found] == [10, 8]
+    assert found[1]["fine_tuned_model_checkpoint"] == f"{name}:ckpt-step-8"
+    assert found[1]["metrics"] == {"step": 8, "train_loss": 2.4, "valid_loss": 2.6}
+    assert found[1]["fine_tuning_job_id"] == job["id"] and found[1]["object"] == "fine_tuning.job.checkpoint"
+
+
+def test_a_tuned_model_can_be_tuned_again(server, file_id, monkeypatch, tokenizer):
+    job = trained(server, file_id)
+    name = server.get(f"{JOBS}/{job['id']}").json["fine_tuned_model"]
+    tokenizer.save(run_of(server, job).tokenizer)
+    shape = Inspection("checkpoint", run_of(server, job).checkpoint, {"block_size": 64}, {}, {}, 0, 0)
+    monkeypatch.setattr(fine_tuning_plan, "inspect", lambda reference: shape)
+    for model, file in ((name, "ckpt.pt"), (f"{name}:ckpt-step-8", "best.pt")):
+        config = server.get("/api/jobs/" + create(server, file_id, model=model)["name"]).json["config"]
+        assert config["init_from"] == f"out/{job['name']}/{file}"
+    assert refusal(server, 404, model=f"{name}:ckpt-step-9", training_file=file_id)["code"] == "model_not_found"
+
+
+def test_a_file_in_use_is_not_deleted(server, file_id):
+    job = create(server, file_id)
+    reply = server.client.delete(f"/v1/files/{file_id}")
+    assert reply.status_code == 400 and job["id"] in reply.json["error"]["message"]
+    finish(server, job)
+    assert server.client.delete(f"/v1/files/{file_id}").json["deleted"] is True
+
+
+def test_the_openapi_document_has_the_routes(server):
+    paths = json.loads(server.get("/openapi.json").data)["paths"]
+    assert {"get", "post"} <= set(paths[JOBS]) and "post" in paths[f"{JOBS}/{{job_id}}/pause"]
