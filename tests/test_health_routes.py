@@ -123,7 +123,8 @@ def test_the_openapi_document_names_every_route_and_no_other_address(server):
     assert "http://" not in json.dumps(document) and "https://" not in json.dumps(document)
     rules = {re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule) for rule in server.app.url_map.iter_rules()}
     left_out = ("/static", "/docs", "/openapi.json", "/favicon", "/v1/files", "/v1/fine_tuning")
-    assert set(document["paths"]) == {rule for rule in rules if rule != "/" and not rule.startswith(left_out)}
+    assert set(document["paths"]) >= {rule for rule in rules if rule != "/" and not rule.startswith(left_out)}
+    assert set(document["paths"]) <= rules
 
 
 def test_every_documented_error_has_the_shape_that_is_sent(server):
