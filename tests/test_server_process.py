@@ -41,9 +41,13 @@ class Process:
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        self.url = until(self.address)
-        self.port = int(self.url.rsplit(":", 1)[1])
-        until(self.ready)
+        try:
+            self.url = until(self.address)
+            self.port = int(self.url.rsplit(":", 1)[1])
+            until(self.ready)
+        except BaseException:  # nobody else could end it
+            self.end()
+            raise
 
     def address(self) -> str | None:
         assert self.child.poll() is None, self.lines
