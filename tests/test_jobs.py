@@ -133,6 +133,8 @@ def test_a_job_starts_at_once_and_leaves_its_config_in_the_folder(place):
     saved = json.loads((place.workspace.run("a").config).read_text())
     assert saved["max_iters"] == 20 and saved["output_dir"] == "out/a" and saved["n_layer"] == 4
     assert job["config"] == saved and place.backend.started == [("a", False, False)]
+    place.workspace.run("a").log.write_text("reading the text\ntokenizing 63%\n")
+    assert job["activity"] is None and place.managers[0].get("a").describe()["activity"] == "tokenizing 63%"
 
 
 def test_more_jobs_than_max_jobs_wait_in_order(place):

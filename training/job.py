@@ -13,6 +13,7 @@ from typing import Any
 from storage.errors import StorageError
 from storage.files import read_json, write_json
 from storage.runs import Run
+from training import log as job_log
 from training import metrics
 from training.process import TRAINER, ProcessIdentity, is_alive
 
@@ -120,6 +121,7 @@ class Job:
             "finished": status.finished,
             "error": status.error,
             "exit_code": status.exit_code,
+            "activity": job_log.last_lines(self.run.log, 1)[-200:] or None if running else None,
             "process_id": status.identity.pid if running and status.identity is not None else None,
             "stopping": running and status.stopping,
             "queue_position": self.position,
