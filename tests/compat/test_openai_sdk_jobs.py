@@ -57,13 +57,7 @@ class Served:
         """Do as a trainer that has made so many steps and saved."""
         run = self.workspace.run(job.id)
         for step in range(1, steps + 1):
-            row = {
-                "iter_num": step,
-                "loss": 3.0 - step / 100,
-                "train_loss": 2.9,
-                "val_loss": 3.1,
-                "time": 1000.0 + step,
-            }
+            losses = {"loss": 3.0 - step / 100, "train_loss": 2.9, "val_loss": 3.1}
             metrics.append(run.metrics, {"iter_num": step, "time": 1000.0 + step} | losses)
         for path, step in ((run.checkpoint, steps), (run.best, 1)):
             path.write_bytes(b"weights")
