@@ -203,6 +203,7 @@ def _write_folder(folder: Path, model: GPT, tokenizer: Tokenizer, dtype: torch.d
     _write_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer, model.config.block_size))
     _write_json(folder / "tokenizer.json", tokenizer.to_json())
     save_file(_exported_tensors(model, dtype), folder / "model.safetensors", metadata={"format": "pt"})
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors makes it its owner's alone
     for path in folder.iterdir():
         descriptor = os.open(path, os.O_RDONLY)
         try:

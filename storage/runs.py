@@ -189,7 +189,11 @@ class Workspace:
 
     def run_from_output_dir(self, output_dir: object) -> Run:
         """Return the run of "out/<name>" or "<name>"; raises BadName for anything else."""
-        if not isinstance(output_dir, str) or not NAME.fullmatch(output_dir.removeprefix("out/")):
+        if (
+            not isinstance(output_dir, str)
+            or output_dir == "out"
+            or not NAME.fullmatch(output_dir.removeprefix("out/"))
+        ):
             raise BadName(f"output_dir is {quoted(output_dir)}; it must be out/<name>: {NAME_RULE}")
         return self.run(output_dir.removeprefix("out/"))
 

@@ -43,7 +43,7 @@ def test_an_output_dir_has_two_spellings(workspace, value):
 
 @pytest.mark.parametrize(
     "value",
-    ["", "out/", "out/a/", "out/a/b", "/out/a", "out/../a", "../out/a", "data/a", "out/out/a", "./out/a", 3,
+    ["", "out", "out/", "out/a/", "out/a/b", "/out/a", "out/../a", "../out/a", "data/a", "out/out/a", "./out/a", 3,
      None, ["out/a"], "out/\ud800", "out/a\n", "out//a"],
     ids=ascii,
 )  # fmt: skip
