@@ -359,3 +359,39 @@ def test_a_file_in_use_is_not_deleted(server, file_id):
 def test_the_openapi_document_has_the_routes(server):
     paths = json.loads(server.get("/openapi.json").data)["paths"]
     assert {"get", "post"} <= set(paths[JOBS]) and "post" in paths[f"{JOBS}/{{job_id}}/pause"]
+
+
+def test_the_result_answers_by_its_name_at_once(server, file_id):
+    name = server.get(f"{JOBS}/{trained(server, file_id)['id']}").json["fine_tuned_model"]
+    for _ in range(2):
+        reply = server.post("/v1/completions", {"model": name, "prompt": "Once"})
+        assert reply.status_code == 200 and reply.json["model"] == name
+    loads = [reference.label for reference in server.engine.loads]
+    assert loads[1:] == [f"out/{server.get(JOBS).json['data'][0]['name']}/ckpt.pt"]  # once, after the first model
+
+
+def test_a_checkpoint_answers_by_its_name(server, file_id):
+    job = trained(server, file_id)
+    name = server.get(f"{JOBS}/{job['id']}/checkpoints").json["data"][1]["fine_tuned_model_checkpoint"]
+    assert server.post("/v1/completions", {"model": name, "prompt": "Once"}).status_code == 200
+    assert server.engine.loads[-1].id == f"{job['name']}/best"
+
+
+def test_results_are_listed_as_models(server, file_id):
+    name = server.get(f"{JOBS}/{trained(server, file_id)['id']}").json["fine_tuned_model"]
+    names = [model["id"] for model in server.get("/v1/models").json["data"]]
+    assert names == ["tiny", name, f"{name}:ckpt-step-10", f"{name}:ckpt-step-8"]
+    model = server.get(f"/v1/models/{name}").json
+    assert model["id"] == name and type(model["created"]) is int and model["owned_by"]
+
+
+@pytest.mark.parametrize("name", ["ft:", "ft:x", "ft:nano:local::" + "0" * 24, "ft:../../etc", "ft:a:b:c:" + "z" * 24])
+def test_an_unknown_result_is_no_model(server, name):
+    reply = server.post("/v1/completions", {"model": name, "prompt": "Once"})
+    assert reply.status_code == 404 and reply.json["error"]["code"] == "model_not_found"
+
+
+def test_a_job_that_still_runs_has_no_model_yet(server, file_id):
+    job = create(server, file_id)
+    reply = server.post("/v1/completions", {"model": f"ft:nano:local::{job['id'][6:]}", "prompt": "Once"})
+    assert reply.status_code == 404 and "not succeeded" in reply.json["error"]["message"]

@@ -96,12 +96,12 @@ class ChoiceWriter:
         return choice
 
 
-def _head(batch: Batch, request_id: str) -> Json:
+def _head(body: CompletionBody, batch: Batch, request_id: str) -> Json:
     return {
         "id": "cmpl-" + request_id.removeprefix("req-"),
         "object": "text_completion",
         "created": int(time.time()),
-        "model": batch.model.id,
+        "model": body.model or batch.model.id,  # the name that was asked for: one model has several
         "system_fingerprint": batch.model.fingerprint,
     }
 
@@ -126,12 +126,12 @@ def reply(body: CompletionBody, batch: Batch, request_id: str) -> Json:
         ChoiceWriter(body, batch, completion, index).write(completion.text, completion.tokens, last=True)
         for index, completion in enumerate(_chosen(body, batch))
     ]
-    return _head(batch, request_id) | {"choices": choices, "usage": batch.usage()}
+    return _head(body, batch, request_id) | {"choices": choices, "usage": batch.usage()}
 
 
 def chunks(body: CompletionBody, batch: Batch, request_id: str) -> Iterator[Json | None]:
     """Give the chunks of a stream as the text comes."""
-    head = _head(batch, request_id)
+    head = _head(body, batch, request_id)
     rest: Json = {"usage": None} if body.stream_options.include_usage else {}
     writers = {id(c): ChoiceWriter(body, batch, c, c.index) for c in batch.completions}
     for piece in batch:

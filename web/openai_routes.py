@@ -12,7 +12,7 @@ from flask_openapi3.models.tag import Tag
 from pydantic import BaseModel
 
 from inference.backend import ServedModel
-from web import openai_replies, sse
+from web import openai_replies, sse, tuned_models
 from web.batch import Batch, context_tokens, encode, loaded_model, too_long
 from web.client import Client
 from web.context import Context, context
@@ -53,7 +53,9 @@ def _model_object(model: ServedModel, limit: int) -> dict[str, Any]:
 
 
 def _named(ctx: Context, name: str | None) -> ServedModel:
-    """Return the loaded model if it is the one that `name` means. Raises Refused (404)."""
+    """Return the loaded model if it is the one that `name` means; load one named ft:…. Raises Refused (404)."""
+    if name is not None and name.startswith(tuned_models.PREFIX):
+        return tuned_models.named(ctx, name)
     served = loaded_model(ctx)
     if name is None or name in (served.id, served.reference.label):
         return served
@@ -67,17 +69,20 @@ def _note_ignored(body: type[OpenAIBody]) -> None:
 
 @routes.get("/v1/models", responses={200: ModelList})
 def models() -> dict[str, Any]:
-    """List the models that answer now."""
+    """List the models that answer: the loaded one, and what fine-tuning jobs made."""
     ctx = context()
     served = ctx.engine.served()
     data = [] if served is None else [_model_object(served, context_tokens(ctx, served))]
-    return {"object": "list", "data": data}
+    return {"object": "list", "data": data + tuned_models.listed(ctx)}
 
 
 @routes.get("/v1/models/<path:model_id>", responses={200: ModelObject})
 def model(path: ModelPath) -> dict[str, Any]:
     """Describe a model."""
     ctx = context()
+    found = [entry for entry in tuned_models.listed(ctx) if entry["id"] == path.model_id]
+    if found:
+        return found[0]
     served = _named(ctx, path.model_id)
     return _model_object(served, context_tokens(ctx, served))
 
