@@ -79,7 +79,7 @@ class _Arena:
     """
 
     def __init__(self, nbytes: int, huge: bool):
-        memory = mmap.mmap(-1, max(nbytes, 1))
+        memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared has no huge pages
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
         self._bytes, self._used = torch.frombuffer(memory, dtype=torch.uint8), 0
@@ -174,7 +174,7 @@ class NativeRunner:
         native.layer = (_Layer * config.n_layer)()
         _pack(model, packer, native)
         span, element = _up_to(config.block_size, 64), 4 if dtype == "fp32" else 2
-        cache = _Arena(2 * config.n_layer * slots * span * config.n_embd * element, huge=False)
+        cache = _Arena(2 * config.n_layer * slots * span * config.n_embd * element, huge=True)
         native.cache = cache.take((1,), torch.uint8).data_ptr()
         self.packed_bytes = packer.nbytes
         self._width = native.head.rows  # of a row of logits, with padding

@@ -28,6 +28,14 @@ SHAPES = {
 }
 
 
+@pytest.fixture(params=["all instructions", "without BF16 and VNNI"])
+def instructions(request, monkeypatch):
+    """Use the library as built for this processor, and for one that can only multiply floats."""
+    if request.param == "without BF16 and VNNI":
+        fewer = build.cpu_flags() - set(build.USEFUL)
+        monkeypatch.setattr(build, "cpu_flags", lambda: fewer)
+
+
 def model_of(config: GPTConfig, seed: int = 0) -> GPT:
     """Return a model whose norms and biases matter too."""
     torch.manual_seed(seed)
@@ -90,7 +98,7 @@ TOLERANCE = {"fp32": 5e-6, "bf16": 0.01, "int8": 0.04}
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_logits_are_those_of_the_plain_forward_with_the_same_weights(shape, dtype):
+def test_logits_are_those_of_the_plain_forward_with_the_same_weights(shape, dtype, instructions):
     model = model_of(SHAPES[shape])
     ids = ids_for(model.config, model.config.block_size)
     runner = NativeRunner(model, slots=2, dtype=dtype, threads=2)
@@ -131,7 +139,7 @@ def test_fp32_continues_a_prompt_as_naive_generate_does():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_is_the_same_bit_for_bit_in_pieces_in_any_batch_and_with_any_threads(dtype):
+def test_a_row_is_the_same_bit_for_bit_in_pieces_in_any_batch_and_with_any_threads(dtype, instructions):
     """Sequences of their own lengths start at random and advance by random pieces in common steps."""
     model = model_of(SHAPES["as GPT-2"])
     draw = random.Random(3)
@@ -281,7 +289,8 @@ def test_what_the_step_cannot_do_is_said_in_words():
 def test_the_activations_are_exact_to_a_millionth(tmp_path):
     source = """
         #include "vector.h"
-        extern "C" void activate(const float *x, float *exact, float *tanh, long n) {
+        extern "C" __attribute__((visibility("default")))
+        void activate(const float *x, float *exact, float *tanh, long n) {
             for (long i = 0; i < n; i += 16) store(exact + i, gelu(load(x + i)));
             for (long i = 0; i < n; i += 16) store(tanh + i, gelu_new(load(x + i)));
         }"""

@@ -1,42 +1,66 @@
-// Attention over the cache. Keys lie as [head][span/16][size][16], so that 16 positions' scores grow in one vector with no
-// sum across it; values as [head][span][size]. Up to 4 neighbouring rows of a sequence share each key and value read.
+// Attention over the cache.
+//
+// The cache is cut into blocks of 64 positions: [slot][block][layer][head][key, value][64 positions], so that a short
+// sequence touches little memory although the pages are large (2.4 MB for each 64 positions of GPT-2's smallest).
+// Values lie position by position. Keys lie in groups of four numbers by four positions, [size / 4][16][4][4]: a vector
+// holds 4 numbers of 4 positions, scores grow without sums across it, and keys are read in one stream.
+// Up to 4 neighbouring rows of a sequence share each key and value read.
 #pragma once
 #include "vector.h"
 
-constexpr int NEIGHBOURS = 4;
+constexpr long NEIGHBOURS = 4, BLOCK = 64;
 
-// The keys and values of one head of one sequence, in floats or half precision.
+// One head's part of a sequence's blocks, floats or half precision.
 template <class E> struct Head {
-    E *keys, *values;
-    long size;
-    // Store 16 of this head's numbers, from `at` on, of a key or of a value.
+    E *first;             // its keys in the first block; the values follow
+    long size, stride;    // of the head; from block to block
+    E *keys(long block) const { return first + block * stride; }
+    E *values(long block) const { return keys(block) + BLOCK * size; }
+
+    // Store 16 of the head's numbers, from `at` on, of the key or value of a position.
     void store_key(long position, long at, const float *x) const {
-        E *to = keys + position / 16 * 16 * size + at * 16 + position % 16, block[16];
-        store(block, load(x));
-        for (int i = 0; i < 16; i++) to[i * 16] = block[i];
+        const long t = position % BLOCK, group = t / 16 * 4 + t % 4, lane = t % 16 / 4;
+        E *to = keys(position / BLOCK) + at * BLOCK + group * 16 + lane * 4, four[16];
+        store(four, load(x));
+        for (int i = 0; i < 4; i++) std::memcpy(to + 4 * BLOCK * i, four + 4 * i, 4 * sizeof(E));
     }
-    void store_value(long position, long at, const float *x) const { store(values + position * size + at, load(x)); }
+    void store_value(long position, long at, const float *x) const {
+        store(values(position / BLOCK) + position % BLOCK * size + at, load(x));
+    }
 };
 
-// scores[r][t] = q[r] . key t / sqrt(size) for t up to position + r, and -infinity to the next multiple of 64
-template <class E, int R>
-void score(const Head<E> &head, float *const (&q)[R], long position, float *const (&scores)[R]) {
+// Sum each four neighbours of four vectors; the results of a's first four are the lanes 0, of its second four 4, ...
+inline Vec sum_fours(Vec a, Vec b, Vec c, Vec d) {
+    const Vec ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const Vec cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    return _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+}
+
+// scores[r][t] = q[r] . key t / sqrt(size) for t up to position + r, and -infinity to the end of the block
+template <class E, int R> void score(const Head<E> &head, float *const (&q)[R], long position, float *const (&scores)[R]) {
+    constexpr int G = R == 1 ? 16 : R == 2 ? 8 : 4;  // groups of four positions at once: R x G sums fill the registers
     const Vec scale = all(1.f / std::sqrt((float)head.size));
     const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    for (long t = 0; t < position + R; t += 64) {
-        Vec sum[R][4];
-        for (auto &s : sum) s[0] = s[1] = s[2] = s[3] = _mm512_setzero_ps();
-        const E *k = head.keys + t * head.size;
-        for (long d = 0; d < head.size; d++)
-            for (int j = 0; j < 4; j++) {
-                const Vec key = load(k + (j * head.size + d) * 16);
-                for (int r = 0; r < R; r++) sum[r][j] = _mm512_fmadd_ps(all(q[r][d]), key, sum[r][j]);
+    for (long t = 0; t < position + R; t += 4 * G) {
+        Vec sum[R][G];
+        for (auto &s : sum)
+            for (auto &v : s) v = _mm512_setzero_ps();
+        const E *key = head.keys(t / BLOCK) + t % BLOCK * 4;
+        for (long d = 0; d < head.size; d += 4, key += 4 * BLOCK) {
+            Vec four[R];
+            for (int r = 0; r < R; r++) four[r] = _mm512_broadcast_f32x4(_mm_loadu_ps(q[r] + d));
+#pragma GCC unroll 16
+            for (int g = 0; g < G; g++) {
+                const Vec k = load(key + 16 * g);
+                for (int r = 0; r < R; r++) sum[r][g] = _mm512_fmadd_ps(four[r], k, sum[r][g]);
             }
+        }
         for (int r = 0; r < R; r++)
-            for (int j = 0; j < 4; j++) {
-                const __m512i at = _mm512_add_epi32(lane, _mm512_set1_epi32((int)(t + 16 * j)));
+            for (int g = 0; g < G; g += 4) {
+                const Vec total = sum_fours(sum[r][g], sum[r][g + 1], sum[r][g + 2], sum[r][g + 3]);
+                const __m512i at = _mm512_add_epi32(lane, _mm512_set1_epi32((int)(t + 4 * g)));
                 const __mmask16 live = _mm512_cmple_epi32_mask(at, _mm512_set1_epi32((int)position + r));
-                store(scores[r] + t + 16 * j, _mm512_mask_mul_ps(all(-INFINITY), live, sum[r][j], scale));
+                store(scores[r] + t + 4 * g, _mm512_mask_mul_ps(all(-INFINITY), live, total, scale));
             }
     }
 }
@@ -61,14 +85,21 @@ void mix(const Head<E> &head, long position, long at, float *const (&weights)[R]
     Vec sum[R][J];
     for (auto &s : sum)
         for (auto &v : s) v = _mm512_setzero_ps();
-    const auto add = [&](long t, int r) {
-        for (int j = 0; j < J; j++)
-            sum[r][j] = _mm512_fmadd_ps(all(weights[r][t]), load(head.values + t * head.size + at + 16 * j), sum[r][j]);
+    const auto add = [&](const E *value, long t, int from) {
+        for (int j = 0; j < J; j++) {
+            const Vec v = load(value + 16 * j);
+            for (int r = from; r < R; r++) sum[r][j] = _mm512_fmadd_ps(all(weights[r][t]), v, sum[r][j]);
+        }
     };
-    for (long t = 0; t <= position; t++)
-        for (int r = 0; r < R; r++) add(t, r);
-    for (int late = 1; late < R; late++)  // what only the later rows see, so that not even a NaN reaches the earlier ones
-        for (int r = late; r < R; r++) add(position + late, r);
+    for (long t = 0; t <= position;) {
+        const E *value = head.values(t / BLOCK) + at;
+        for (const long end = std::min(t + BLOCK, position + 1); t < end; t++, value += head.size) add(value, t, 0);
+    }
+#pragma GCC unroll 4
+    for (int late = 1; late < R; late++) {  // what only the later rows see: not even a NaN may reach the earlier ones
+        const long t = position + late;
+        add(head.values(t / BLOCK) + t % BLOCK * head.size + at, t, late);
+    }
     for (int r = 0; r < R; r++)
         for (int j = 0; j < J; j++) store(out[r] + at + 16 * j, _mm512_mul_ps(sum[r][j], all(inverse[r])));
 }

@@ -28,6 +28,7 @@ FLAGS = (
     "-Wno-uninitialized",  # gcc 12's own headers
     "-Wno-maybe-uninitialized",
     "-fPIC",
+    "-fvisibility=hidden",
     "-shared",
     "-pthread",
 )

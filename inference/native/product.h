@@ -152,7 +152,7 @@ inline Ints add_product(Ints sum, __m512i w, __m512i x) { return (Ints)_mm512_dp
 template <int KIND> using Sum = std::conditional_t<KIND == INT8 && INT8_QUADS, Ints, Vec>;
 
 // result[r] = a panel's 32 rows times line r, for the R lines of a tile
-template <int KIND, int R> inline void multiply(const char *w, long steps, const int32_t *a, Sum<KIND> (&result)[R][2]) {
+template <int KIND, int R> void multiply(const char *w, long steps, const int32_t *a, Sum<KIND> (*result)[2]) {
     Sum<KIND> sum[R][2];  // its own, so that it stays in registers
     for (auto &s : sum) s[0] = s[1] = Sum<KIND>{};
     const auto add = [&](auto low, auto high) {
@@ -176,9 +176,9 @@ template <int KIND, int R> inline void multiply(const char *w, long steps, const
 }
 
 // out = what the sums of line i stand for: in int8 with its scale and far values
-inline void finish(const char *, const Input &, long, const Vec (&sum)[2], Vec (&out)[2]) { out[0] = sum[0], out[1] = sum[1]; }
+inline void interpret(const char *, const Input &, long, const Vec (&sum)[2], Vec (&out)[2]) { out[0] = sum[0], out[1] = sum[1]; }
 #ifdef __AVX512VNNI__
-inline void finish(const char *w, const Input &in, long i, const Ints (&sum)[2], Vec (&out)[2]) {
+inline void interpret(const char *w, const Input &in, long i, const Ints (&sum)[2], Vec (&out)[2]) {
     Ints far[2] = {Ints{} - in.far_offset[i], Ints{} - in.far_offset[i]};
     const Far *f = in.far_of(i);
     for (long n = in.far_count[i]; n > 0; n--, f++)
@@ -191,36 +191,31 @@ inline void finish(const char *w, const Input &in, long i, const Ints (&sum)[2],
 }
 #endif
 
-// 32 outputs of the R lines from `first`: out[line][panel * 32 ...] (stride floats a line)
-template <int KIND, int R>
-void tile(const Matrix &m, const Input &in, long first, long panel, float *out, long stride, Then then) {
+// One panel's 32 outputs for every line of `in`: out[line][panel * 32 ...], `stride` floats from line to line
+template <int KIND> void product(const Matrix &m, const Input &in, long panel, float *out, long stride, Then then) {
+    static constexpr decltype(&multiply<KIND, 1>) tiles[MOST] = {
+        multiply<KIND, 1>, multiply<KIND, 2>, multiply<KIND, 3>, multiply<KIND, 4>,  multiply<KIND, 5>,  multiply<KIND, 6>,
+        multiply<KIND, 7>, multiply<KIND, 8>, multiply<KIND, 9>, multiply<KIND, 10>, multiply<KIND, 11>, multiply<KIND, 12>};
     const char *w = m.panel<KIND>(panel);
-    Sum<KIND> sum[R][2];
-    multiply<KIND, R>(w, m.width / group(KIND), in.line<KIND>(first), sum);
-    for (int r = 0; r < R; r++) {
-        Vec v[2];
-        finish(w, in, first + r, sum[r], v);
-        for (int h = 0; h < 2; h++) {
-            const long n = panel * PANEL + 16 * h;
-            float *to = out + (first + r) * stride + n;
-            if (KIND == INT8) v[h] = _mm512_mul_ps(v[h], load(m.scale + n));
-            if (m.bias) v[h] = _mm512_add_ps(v[h], load(m.bias + n));
-            if (then == ADD) v[h] = _mm512_add_ps(v[h], load(to));
-            if (then == GELU) v[h] = gelu(v[h]);
-            if (then == GELU_NEW) v[h] = gelu_new(v[h]);
-            store(to, v[h]);
+    Sum<KIND> sum[MOST][2];
+    for (long t = 0; t < in.tiles(); t++) {
+        const long first = in.first(t), end = in.first(t + 1);
+        tiles[end - first - 1](w, m.width / group(KIND), in.line<KIND>(first), sum);
+        for (long i = first; i < end; i++) {
+            Vec v[2];
+            interpret(w, in, i, sum[i - first], v);
+            for (int h = 0; h < 2; h++) {
+                const long n = panel * PANEL + 16 * h;
+                float *to = out + i * stride + n;
+                if (KIND == INT8) v[h] = _mm512_mul_ps(v[h], load(m.scale + n));
+                if (m.bias) v[h] = _mm512_add_ps(v[h], load(m.bias + n));
+                if (then == ADD) v[h] = _mm512_add_ps(v[h], load(to));
+                if (then == GELU) v[h] = gelu(v[h]);
+                if (then == GELU_NEW) v[h] = gelu_new(v[h]);
+                store(to, v[h]);
+            }
         }
     }
-}
-
-// One panel's 32 outputs for every line of `in`
-template <int KIND> void product(const Matrix &m, const Input &in, long panel, float *out, long stride, Then then) {
-    using Tile = void (*)(const Matrix &, const Input &, long, long, float *, long, Then);
-    static constexpr Tile tiles[MOST] = {tile<KIND, 1>, tile<KIND, 2>, tile<KIND, 3>, tile<KIND, 4>,
-                                         tile<KIND, 5>, tile<KIND, 6>, tile<KIND, 7>, tile<KIND, 8>,
-                                         tile<KIND, 9>, tile<KIND, 10>, tile<KIND, 11>, tile<KIND, 12>};
-    for (long t = 0; t < in.tiles(); t++)
-        tiles[in.first(t + 1) - in.first(t) - 1](m, in, in.first(t), panel, out, stride, then);
 }
 
 // out = row `row` of the matrix as floats: how a token is looked up in the head's own weights, kept once

@@ -22,7 +22,7 @@ struct Model {
     const float *positions, *norm, *norm_bias;
     Matrix tokens, head;  // the same when tied
     const Layer *layer;
-    void *cache;  // [layers][slots][2][heads][span][head size]: floats for F32, else halves; pages are touched when used
+    void *cache;  // see attention.h; floats for F32, else halves; pages are touched when they are used
 };
 
 inline long up_to(long n, long multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -86,16 +86,15 @@ struct Step {
     Team team;                            // last: its threads use the rest
 
     explicit Step(const Model &m)
-        : m(m), size(m.width / m.heads), span(up_to(m.block, 64)), wide(up_to(m.width, PANEL)), x(ROWS * wide),
+        : m(m), size(m.width / m.heads), span(up_to(m.block, BLOCK)), wide(up_to(m.width, PANEL)), x(ROWS * wide),
           y(ROWS * up_to(3 * m.width, PANEL)), h(ROWS * 4 * m.width), shared(ROWS, 4 * m.width),
           own(m.threads), team(m.threads, [this](Member &me) { work(me); }) {
         for (auto &o : own) o = std::make_unique<Own>(m.width, span);
     }
 
     template <class E> Head<E> head_of(long layer, long slot, long head) const {
-        const long each = m.heads * span * size;
-        E *keys = (E *)m.cache + (layer * m.slots + slot) * 2 * each + head * span * size;
-        return {keys, keys + each, size};
+        const long one = 2 * BLOCK * size, block = m.layers * m.heads * one;
+        return {(E *)m.cache + slot * (span / BLOCK) * block + (layer * m.heads + head) * one, size, block};
     }
 
     // x = token embedding + position embedding
@@ -212,6 +211,7 @@ struct Step {
 
 // ---- the interface -------------------------------------------------------------------------------------------------
 extern "C" {
+#pragma GCC visibility push(default)  // the rest of the library is hidden
 
 // Say whether the caller means the same structures: its version and the size of its Model.
 bool step_agrees(long version, long size) { return version == VERSION && size == (long)sizeof(Model); }
@@ -252,4 +252,5 @@ long step_rows(Step *step, long count, const long *token, const long *slot, cons
     }
     return -1;
 }
+#pragma GCC visibility pop
 }
