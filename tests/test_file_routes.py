@@ -120,6 +120,7 @@ def test_the_clients_name_decides_no_path(server, tmp_path, name):
         ({"file": (io.BytesIO(GOOD), "a.jsonl")}, "purpose"),
         ({"file": (io.BytesIO(GOOD), "a.jsonl"), "purpose": "../../x"}, "purpose is"),
         ({"file": (io.BytesIO(GOOD), "a" * 300), "purpose": "fine-tune"}, "300 characters"),
+        ({"file": "a text", "purpose": "fine-tune"}, "file is a text"),
         ({}, "required"),
     ],
 )

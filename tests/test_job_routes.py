@@ -79,7 +79,7 @@ def test_jobs_are_listed_and_described(server):
     assert job["state"] == "running" and job["max_iters"] == 20
 
 
-@pytest.mark.parametrize("path", ["", "/metrics", "/log", "/log?follow=1"])
+@pytest.mark.parametrize("path", ["", "/metrics", "/plot.svg", "/log", "/log?follow=1"])
 def test_an_unknown_job_is_not_found(server, path):
     assert server.get(f"/api/jobs/nobody{path}").status_code == 404
     assert server.get(f"/api/jobs/..%2f..%2fetc{path}").status_code in (400, 404)
@@ -113,6 +113,23 @@ def test_metrics_come_after_an_iteration(server):
     assert server.get("/api/jobs/shakespeare_model/metrics?after=1").json["metrics"] == rows[2:]
     assert server.get("/api/jobs/shakespeare_model/metrics?limit=1").json["metrics"] == rows[-1:]
     assert server.get("/api/jobs/shakespeare_model/metrics?after=x").status_code == 400
+
+
+def test_the_losses_of_jobs_come_as_one_picture(server):
+    server.post("/api/train", TRAIN)
+    server.post("/api/train", TRAIN | {"output_dir": "out/second"})
+    server.workspace.run("second").metrics.write_text('{"iter_num": 0, "val_loss": 4.0}\n')
+    reply = server.get("/api/jobs/shakespeare_model/plot.svg?compare=second,second,")
+    assert reply.mimetype == "image/svg+xml" and "second: best 4.0000 at 0" in reply.text
+    assert "no losses yet" in server.get("/api/jobs/shakespeare_model/plot.svg").text
+
+
+@pytest.mark.parametrize(
+    ("query", "status"), [("nobody", 404), ("..%2f..", 400), ("a,b,c,d,e,f", 400), ("x" * 401, 400)]
+)
+def test_a_picture_of_what_is_not_there_is_refused(server, query, status):
+    server.post("/api/train", TRAIN)
+    assert server.get(f"/api/jobs/shakespeare_model/plot.svg?compare={query}").status_code == status
 
 
 def test_a_log_is_read_and_followed(server):
@@ -172,6 +189,13 @@ def test_an_upload_needs_a_file_and_has_a_limit(tmp_path, tokenizer):
     assert reply.status_code == 400 and reply.json["error"] == "file is required"
     assert upload(server, b"x" * 3000, name="large").status_code == 413
     assert upload(server, b"x" * 300_000, name="larger").status_code == 413
+
+
+def test_a_field_of_text_is_no_file(server):
+    reply = server.client.post(
+        "/api/datasets", data={"name": "x", "file": "a text"}, content_type="multipart/form-data"
+    )
+    assert reply.status_code == 400 and "file is a text" in reply.json["error"]
 
 
 def test_an_upload_may_be_larger_than_a_json_body(tmp_path, tokenizer):

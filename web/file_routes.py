@@ -8,7 +8,6 @@ from typing import Annotated, Any, BinaryIO, Literal, cast
 
 from flask import Response, g, request
 from flask_openapi3.blueprint import APIBlueprint
-from flask_openapi3.models.file import FileStorage
 from flask_openapi3.models.tag import Tag
 from pydantic import BaseModel, Field, WithJsonSchema
 from werkzeug.wsgi import wrap_file
@@ -21,7 +20,7 @@ from web.context import Context, context
 from web.errors import Refused
 from web.openai_schemas import OpenAIError
 from web.paging import PageQuery, page
-from web.schemas import Reply
+from web.schemas import FileForm, Reply
 
 MULTIPART_BYTES = 64 * 1024  # of an upload's body beside the file
 PAGE = 10_000
@@ -31,13 +30,12 @@ ERRORS: dict[str | int | HTTPStatus, Any] = dict.fromkeys((400, 401, 403, 415), 
 routes = APIBlueprint("files", __name__, abp_tags=[Tag(name="OpenAI")], abp_responses=ERRORS)
 
 
-class FileForm(BaseModel):
+class PurposeForm(FileForm):
     """A file and what it is for."""
 
     purpose: Annotated[Any, WithJsonSchema({"type": "string", "enum": list(user_files.PURPOSES)})] = Field(
         description="fine-tune: the file is checked as training data"
     )
-    file: FileStorage = Field(description=".txt, or .jsonl with prompt and completion, messages, or text")
 
 
 class FilePath(BaseModel):
@@ -105,7 +103,7 @@ def _allow_large_uploads() -> None:
 
 
 @routes.post("/v1/files", responses={200: FileObject, 413: OpenAIError})
-def upload(form: FileForm) -> dict[str, Any]:
+def upload(form: PurposeForm) -> dict[str, Any]:
     """Upload a file; a training file is checked, and its status says whether it can be used."""
     ctx = context()
     g.ignored_params = sorted({name.partition("[")[0] for name in request.form} - {"purpose", "file"})

@@ -146,13 +146,25 @@ class ExportBody(StrictModel):
         return value
 
 
-class UploadForm(BaseModel):
+class FileForm(BaseModel):
+    """A form with a file of text."""
+
+    file: FileStorage = Field(description=".txt, or .jsonl with text, prompt and completion, or messages")
+
+    @field_validator("file", mode="before")
+    @classmethod
+    def _file_is_a_file(cls, value: Any) -> Any:
+        if isinstance(value, str):  # a part without a file name is a field of text
+            raise ValueError("file is a text; it must be a part with a filename")
+        return value
+
+
+class UploadForm(FileForm):
     """A dataset file and its name."""
 
     name: Annotated[Any, WithJsonSchema({"type": "string"})] = Field(
         None, description="name of the dataset; default: the file's name without its ending"
     )
-    file: FileStorage = Field(description=".txt, or .jsonl with text, prompt and completion, or messages")
 
 
 class NamePath(BaseModel):
@@ -172,6 +184,12 @@ class MetricsQuery(BaseModel):
 
     after: int | None = Field(None, description="only rows of later iterations")
     limit: int | None = Field(None, ge=1, description="at most this many, the newest")
+
+
+class PlotQuery(BaseModel):
+    """What to draw."""
+
+    compare: str = Field("", max_length=400, description="names of other jobs to draw beside it, separated by commas")
 
 
 class LogQuery(BaseModel):
