@@ -16,6 +16,7 @@ from storage import uploads
 from storage.errors import Unreachable
 from storage.registry import resolve
 from training import metrics as training_metrics
+from training import plot
 from training.config import TrainConfig
 from web import sse
 from web.client import Client
@@ -34,6 +35,7 @@ from web.schemas import (
     Message,
     MetricsQuery,
     NamePath,
+    PlotQuery,
     ResumeBody,
     Rows,
     Training,
@@ -109,6 +111,24 @@ def job_metrics(path: NamePath, query: MetricsQuery) -> dict[str, Any]:
     ctx.jobs.get(path.name)
     rows = training_metrics.read(ctx.workspace.run(path.name).metrics, after=query.after)
     return {"metrics": rows if query.limit is None else rows[-query.limit :]}
+
+
+@routes.get(
+    "/api/jobs/<name>/plot.svg",
+    responses={200: {"description": "the picture", "content": {"image/svg+xml": {}}}, 404: Error},
+)
+def job_plot(path: NamePath, query: PlotQuery) -> Response:
+    """Draw the losses of a job, and of others beside it."""
+    ctx = context()
+    names = list(dict.fromkeys([path.name, *filter(None, query.compare.split(","))]))
+    if len(names) > plot.MOST_CURVES:
+        raise Refused(
+            400, f"compare makes {len(names)} jobs; a picture has at most {plot.MOST_CURVES}", param="compare"
+        )
+    for name in names:
+        ctx.jobs.get(name)
+    curves = [plot.Curves.of(name, training_metrics.read(ctx.workspace.run(name).metrics)) for name in names]
+    return Response(plot.svg(curves), mimetype="image/svg+xml")
 
 
 def _follow(ctx: Context, name: str, client: Client) -> Iterator[dict[str, Any] | None]:
