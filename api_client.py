@@ -21,8 +21,9 @@ except ModuleNotFoundError:  # the first mistake of many: a Python without the p
     sys.exit("click is not installed for this Python; after `make setup` use .venv/bin/python api_client.py")
 
 from client.api import DEFAULT_URL, ApiClient, ApiError, Reply
+from client.compare import compare, save_picture
 from client.follow import INTERRUPTED, follow, standing
-from client.options import SAMPLING, TRAINING, check_name, given, options, parse_settings, read_prompt
+from client.options import SAMPLING, TRAINING, check_name, check_names, given, options, parse_settings, read_prompt
 from client.view import advise, note, print_reply, raw, say
 
 # ---- how the commands are made
@@ -224,6 +225,24 @@ def follow_job(client: ApiClient, name: str) -> None:
     follow(client, name)
 
 
+@command(jobs, "compare")
+@click.argument("names", nargs=-1, required=True, callback=check_names)
+def compare_jobs(client: ApiClient, names: tuple[str, ...]) -> None:
+    """Compare jobs: validation losses in one plot, what they came to, and the settings that differ."""
+    compare(client, names)
+
+
+@command(jobs, "plot")
+@name_argument
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="File to write; else NAME.svg.")
+@click.option(
+    "--compare", "others", multiple=True, callback=check_names, help="Another job. May be given several times."
+)
+def save_plot(client: ApiClient, name: str, output: Path | None, others: tuple[str, ...]) -> None:
+    """Save the losses of a job as a picture, an SVG file for browsers and documents."""
+    save_picture(client, name, others, Path(f"{name}.svg") if output is None else output)
+
+
 @command(jobs, "log")
 @name_argument
 @click.option("--follow", "live", is_flag=True, help="Go on until the job ends.")
@@ -323,9 +342,7 @@ def main() -> None:
     try:
         cli(prog_name="api_client.py")
     except ModuleNotFoundError as error:
-        sys.exit(
-            f"{error.name} is not installed for this Python; after `make setup` use .venv/bin/python api_client.py"
-        )
+        sys.exit(f"{error.name} is not installed for this Python; after `make setup` use .venv/bin/python")
 
 
 if __name__ == "__main__":

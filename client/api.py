@@ -177,6 +177,11 @@ class ApiClient:
         rows: list[Reply] = self.on_job("GET", "/metrics", name, params={"after": after})["metrics"]
         return rows
 
+    def picture(self, name: str, others: tuple[str, ...] = ()) -> bytes:
+        """Return the losses of a job, and of others beside it, as an SVG picture."""
+        path = f"/api/jobs/{quote(name, safe='')}/plot.svg"
+        return self.send("GET", path, params={"compare": ",".join(others) or None}).content
+
     def log_events(self, name: str) -> Iterator[Reply]:
         """Yield the events of a job's log, the tail first, until the job ends."""
         return self.events("GET", f"/api/jobs/{quote(name, safe='')}/log?follow=1")

@@ -77,6 +77,11 @@ def check_name(context: click.Context, option: click.Parameter, value: str) -> s
     return name
 
 
+def check_names(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    """Take each value for a job's name."""
+    return tuple(check_name(context, option, value) for value in values)
+
+
 def parse_settings(settings: tuple[str, ...]) -> Reply:
     """Return `key=value` words as a dictionary; a value is JSON, or text where it is none."""
     found: Reply = {}
