@@ -171,6 +171,7 @@ def test_unknown_parameters_are_ignored_and_named(server, file_id):
         ({"model": 3}, 400, "model is 3"),
         ({"model": "../../etc"}, 400, "is"),
         ({"model": "nobody"}, 404, "nobody"),
+        ({"model": "nobody/best"}, 404, "nobody"),
         ({"model": "ft:nano:local::" + "0" * 24}, 404, "ftjob-"),
         ({"training_file": "../../etc/passwd"}, 404, "there is no file"),
         ({"training_file": "file-nope"}, 404, "there is no file"),
@@ -198,7 +199,8 @@ def test_unknown_parameters_are_ignored_and_named(server, file_id):
 )
 def test_a_wrong_job_is_refused_by_name(server, file_id, wrong, status, words):
     body = {"model": "nano", "training_file": file_id} | wrong
-    assert words in refusal(server, status, **body)["message"]
+    error = refusal(server, status, **body)
+    assert words in error["message"] and (status != 404 or error["code"] in ("model_not_found", "file_not_found"))
     assert server.get(JOBS).json["data"] == [] and not list(server.workspace.out.glob("ftjob-*"))
 
 
@@ -240,6 +242,12 @@ def test_an_unknown_job_is_not_found(server, wanted):
         assert server.get(f"{JOBS}/{wanted}{path}").status_code == 404
     for verb in ("cancel", "pause", "resume"):
         assert server.client.post(f"{JOBS}/{wanted}/{verb}").status_code == 404
+
+
+def test_jobs_are_found_by_their_metadata(server, file_id):
+    made = [create(server, file_id, metadata={"color": color, "a": "b"})["id"] for color in ("red", "blue")]
+    for query, expected in (("metadata[color]=red", made[:1]), ("metadata[a]=b", made[::-1]), ("metadata[x]=y", [])):
+        assert [job["id"] for job in server.get(f"{JOBS}?{query}").json["data"]] == expected
 
 
 EMPTY = {"content_type": "application/json", "data": b""}
@@ -381,8 +389,8 @@ def test_results_are_listed_as_models(server, file_id):
     name = server.get(f"{JOBS}/{trained(server, file_id)['id']}").json["fine_tuned_model"]
     names = [model["id"] for model in server.get("/v1/models").json["data"]]
     assert names == ["tiny", name, f"{name}:ckpt-step-10", f"{name}:ckpt-step-8"]
-    model = server.get(f"/v1/models/{name}").json
-    assert model["id"] == name and type(model["created"]) is int and model["owned_by"]
+    for model in server.get("/v1/models").json["data"]:
+        assert server.get(f"/v1/models/{model['id']}").json == model and type(model["created"]) is int
 
 
 @pytest.mark.parametrize("name", ["ft:", "ft:x", "ft:nano:local::" + "0" * 24, "ft:../../etc", "ft:a:b:c:" + "z" * 24])

@@ -4,6 +4,7 @@ There is one JobManager and one folder per run; a job that one protocol started 
 that cancels or pauses gets the job when its trainer has saved and ended, or after a wait if that takes long.
 """
 
+import re
 import shutil
 import time
 from http import HTTPStatus
@@ -68,11 +69,15 @@ def _dataset(ctx: Context, body: FineTuningBody) -> str:
     return user_files.as_dataset(ctx.workspace, training, _file(ctx, "validation_file", body.validation_file))
 
 
+def _no_model(error: NotFound) -> Refused:
+    return Refused(404, str(error), "model_not_found", "model")
+
+
 def _base(ctx: Context, body: FineTuningBody) -> dict[str, str]:
     try:
         return base(ctx.workspace, body.model, body.from_scratch)
     except NotFound as error:
-        raise Refused(404, str(error), "model_not_found", "model") from None
+        raise _no_model(error) from None
 
 
 def _begin(ctx: Context, body: FineTuningBody, name: str) -> Any:
@@ -80,7 +85,10 @@ def _begin(ctx: Context, body: FineTuningBody, name: str) -> Any:
     fields = FineTuningBody.extras(request.get_json()) | _base(ctx, body)
     fields |= {"output_dir": f"out/{name}"} | ({} if body.seed is None else {"seed": body.seed})
     dataset = datasets.dataset(ctx.workspace, _dataset(ctx, body))
-    config, hyperparameters = plan(ctx.workspace, dataset, fields | {"dataset": dataset.name}, body.asked())
+    try:
+        config, hyperparameters = plan(ctx.workspace, dataset, fields | {"dataset": dataset.name}, body.asked())
+    except NotFound as error:
+        raise _no_model(error) from None
     run = ctx.workspace.run(name)
     kept = {"training_file": body.training_file or dataset.name, "hyperparameters": hyperparameters}
     kept |= body.model_dump(include={"model", "validation_file", "suffix", "metadata"})
@@ -92,7 +100,7 @@ def _begin(ctx: Context, body: FineTuningBody, name: str) -> Any:
         raise
 
 
-@routes.post("/v1/fine_tuning/jobs", responses={200: FineTuningJob})
+@routes.post("/v1/fine_tuning/jobs", responses={200: FineTuningJob, 413: OpenAIError, 422: OpenAIError})
 def create(body: FineTuningBody) -> dict[str, Any]:
     """Start a fine-tuning job, or queue it."""
     g.ignored_params = FineTuningBody.ignored(request.get_json())
@@ -113,11 +121,20 @@ def _find(ctx: Context, wanted: str) -> tuple[dict[str, Any], Run]:
     return ctx.jobs.get(run.name).describe(), run
 
 
+def _wanted_metadata() -> dict[str, str]:
+    keys = {name: re.fullmatch(r"metadata\[(.+)\]", name) for name in request.args}
+    return {key[1]: request.args[name] for name, key in keys.items() if key is not None}
+
+
+def _has_metadata(run: Run, wanted: dict[str, str]) -> bool:
+    return not wanted or wanted.items() <= (fine_tuning.record(run).get("metadata") or {}).items()
+
+
 @routes.get("/v1/fine_tuning/jobs", responses={200: FineTuningList})
 def jobs(query: PageQuery) -> dict[str, Any]:
-    """List the fine-tuning jobs, the newest first."""
-    ctx = context()
-    newest_first = list(ctx.jobs.list())[::-1]
+    """List the fine-tuning jobs, the newest first; `metadata[key]=value` leaves out those without it."""
+    ctx, wanted = context(), _wanted_metadata()
+    newest_first = [job for job in ctx.jobs.list() if _has_metadata(ctx.workspace.run(job.name), wanted)][::-1]
     return page(
         newest_first,
         query,

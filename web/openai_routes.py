@@ -80,9 +80,8 @@ def models() -> dict[str, Any]:
 def model(path: ModelPath) -> dict[str, Any]:
     """Describe a model."""
     ctx = context()
-    found = [entry for entry in tuned_models.listed(ctx) if entry["id"] == path.model_id]
-    if found:
-        return found[0]
+    if path.model_id.startswith(tuned_models.PREFIX):
+        return tuned_models.described(ctx, path.model_id)
     served = _named(ctx, path.model_id)
     return _model_object(served, context_tokens(ctx, served))
 

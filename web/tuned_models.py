@@ -7,7 +7,7 @@ from typing import Any
 
 from inference.backend import ServedModel
 from storage.errors import NotFound
-from storage.registry import resolve
+from storage.registry import ModelReference, resolve
 from storage.runs import Run
 from training import fine_tuning
 from web.context import Context
@@ -16,22 +16,34 @@ from web.errors import Refused
 PREFIX = "ft:"
 
 
-def named(ctx: Context, name: str) -> ServedModel:
-    """Return the model of this name, loaded now if another one is. Raises Refused (404) for an unknown name."""
+def _reference(ctx: Context, name: str) -> ModelReference:
     try:
-        path = fine_tuning.model_path(ctx.workspace, name)
-        reference = resolve(ctx.workspace, model_path=path)
+        return resolve(ctx.workspace, model_path=fine_tuning.model_path(ctx.workspace, name))
     except NotFound as error:
         raise Refused(404, str(error), "model_not_found", "model") from None
+
+
+def named(ctx: Context, name: str) -> ServedModel:
+    """Return the model of this name, loaded now if another one is. Raises Refused (404) for an unknown name."""
+    reference = _reference(ctx, name)
     served = ctx.engine.served()
     written = 0.0 if reference.path is None else reference.path.stat().st_mtime
     if served is not None and served.id == reference.id and served.loaded_at >= written:
         return served
-    return ctx.loader.load({"model_path": path})
+    return ctx.loader.load({"model_path": reference.label})
 
 
 def _model_object(name: str, created: float, run: Run) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": int(created), "owned_by": "local", "run": run.name}
+
+
+def described(ctx: Context, name: str) -> dict[str, Any]:
+    """Return the model object of a name. Raises Refused (404)."""
+    path = _reference(ctx, name).path
+    assert path is not None  # a model that was trained here is a file
+    run = ctx.workspace.run(path.parent.name)
+    written = {saved.file: saved.written for saved in fine_tuning.saved_checkpoints(run)}
+    return _model_object(name, written.get(path.name, path.stat().st_mtime), run)
 
 
 def listed(ctx: Context) -> list[dict[str, Any]]:
