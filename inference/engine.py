@@ -177,7 +177,7 @@ class Engine:
                 raise seq.NoModel("No model is loaded.")
             self._lanes[self._current].retired = True
             self._current = None
-        self._inbox.put(_nothing)  # wake an idle thread
+        self._inbox.put(lambda: None)  # wakes an idle thread
 
     def info(self) -> dict[str, Any]:
         """Return queue and engine figures."""
@@ -332,7 +332,3 @@ def _check_ids(name: str, ids: "Sequence[int] | frozenset[int]", vocab_size: int
     for token_id in ids:
         if not 0 <= token_id < vocab_size:
             raise ValueError(f"{name} has token id {token_id}; ids must be between 0 and {vocab_size - 1}")
-
-
-def _nothing() -> None:
-    pass

@@ -6,6 +6,7 @@ accepted to the end and is then closed. `finish` is the one way out for every se
 
 import ctypes
 import logging
+import math
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -92,17 +93,16 @@ class Lane:
         step.advance()
         if not last:
             return [None] * len(step.shares)
-        chosen = iter(
-            sample(
-                logits if len(last) == len(logits) else logits[last],
-                [share.sequence for share in step.shares if share.samples],
-            )
-        )
+        choosing = [share.sequence for share in step.shares if share.samples]
+        chosen = iter(sample(logits if len(last) == len(logits) else logits[last], choosing))
         return [next(chosen) if share.samples else None for share in step.shares]
 
     def _emit(self, share: Share, token: Token | None) -> None:
         """Put a token, and end its sequence where it is the last."""
         sequence = share.sequence
+        if share.scores and math.isnan(sequence.prompt_logprobs[-1].logprob or 0.0):
+            self.finish(sequence, FinishReason.ERROR, NOT_A_NUMBER)
+            return
         if not share.samples:
             if sequence.output_limit == 0 and not sequence.in_prefill:
                 self.finish(sequence, FinishReason.LENGTH)

@@ -387,7 +387,7 @@ def test_logits_that_are_not_numbers_end_their_own_sequence_only(fake: Callable[
     def poisoned(tokens: list[int], slots: list[int], positions: list[int], want: list[int]) -> torch.Tensor:
         logits = rows(tokens, slots, positions, want)
         for row, i in enumerate(want):
-            if tokens[i] == 30:
+            if tokens[i] >= 30:
                 logits[row, 5] = float("nan")
         return logits
 
@@ -398,6 +398,8 @@ def test_logits_that_are_not_numbers_end_their_own_sequence_only(fake: Callable[
         Finished(FinishReason.ERROR, "The model's output for this request was not a number."),
     )
     assert drain(good)[0] == [4, 5, 6, 7, 8]
+    scored = submit(bench, [30, 31, 32], greedy(0, prompt_logprobs=True))
+    assert drain(scored)[1].reason == FinishReason.ERROR
 
 
 @settings(max_examples=12, deadline=None)
