@@ -71,7 +71,9 @@ def test_a_file_gets_plain_lines_and_a_terminal_one_that_is_rewritten():
         line = ProgressLine(500, stream)
         line.show(10, 3.21, None, 5000, 70)
         line.say("sample: hello")
-    assert stream.getvalue().startswith("\r\x1b[K") and stream.getvalue().endswith("\r\x1b[Ksample: hello\n")
+        line.show(20, 3.21, 3.3, 5000, 70, keep=True)
+    shown = stream.getvalue()
+    assert shown.startswith("\r\x1b[K") and "\r\x1b[Ksample: hello\n 20/500  loss" in shown and shown.endswith("left\n")
     plain = io.StringIO()
     ProgressLine(500, plain).show(10, 3.21, 3.3, 5000, 70)
     assert plain.getvalue() == " 10/500  loss 3.2100  val 3.3000  5k tok/s  1m10s left\n"

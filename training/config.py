@@ -77,6 +77,9 @@ class TrainConfig(StrictModel):
 
     eval_interval: int | None = option("reports", "iterations between evaluations", ge=1, le=1_000_000_000)
     eval_iters: int | None = option("reports", "batches per split in an evaluation", ge=1, le=100_000)
+    patience: int | None = option(
+        "reports", "evaluations without a better val loss after which the run ends; default: never", ge=1, le=1_000_000
+    )
     log_interval: int = option("reports", "iterations between rows of metrics", 10, ge=1, le=1_000_000_000)
     sample_prompt: str | None = option("reports", "prompt of the samples; default: val's first tokens", max_length=4096)
     sample_tokens: int | None = option("reports", "tokens of the sample at each evaluation; 0 for none", ge=0, le=4096)

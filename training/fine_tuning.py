@@ -23,6 +23,8 @@ ORGANIZATION = "local"
 ID = re.compile(r"ftjob-[0-9a-f]{24}")
 MODEL_NAME = re.compile(r"ft:[^:/]*:[^:/]*:[^:/]*:([0-9a-f]{24})(?::ckpt-step-([0-9]{1,10}))?")
 STATUS = {"queued": "queued", "running": "running", "succeeded": "succeeded", "stopped": "cancelled"}
+KEPT = {"model": str, "training_file": str, "validation_file": str, "suffix": str, "hyperparameters": dict}
+KEPT |= {"metadata": dict, "paused": float}  # what openai.json may hold, and of which type
 UNFINISHED = ("queued", "running", "paused")
 Described = Mapping[str, Any]  # what Job.describe() returns
 
@@ -92,8 +94,9 @@ def model_path(workspace: Workspace, name: str) -> str:
 
 
 def record(run: Run) -> dict[str, Any]:
-    """Return what openai.json keeps of a job, {} if there is none."""
-    return read_object(run.folder / "openai.json")
+    """Return what openai.json keeps of a job, without what cannot be right; {} if there is none."""
+    found = read_object(run.folder / "openai.json")
+    return {name: value for name, value in found.items() if isinstance(value, KEPT.get(name, ()))}
 
 
 def keep(run: Run, values: Mapping[str, Any]) -> None:
@@ -127,12 +130,17 @@ def _error(described: Described) -> dict[str, Any] | None:
     return {"code": f"training_{described['state']}", "message": message, "param": None}
 
 
+def _number(config: Described, name: str) -> int:
+    value = config.get(name)
+    return value if isinstance(value, int) else 0
+
+
 def _trained_tokens(described: Described) -> int | None:
     if described["state"] in ("queued", "running"):
         return None
     config = described["config"]
-    window = config.get("window") or config.get("block_size") or 0
-    steps = (config.get("batch_size") or 0) * (config.get("gradient_accumulation_steps") or 1)
+    window = _number(config, "window") or _number(config, "block_size")
+    steps = _number(config, "batch_size") * (_number(config, "gradient_accumulation_steps") or 1)
     return int((described["iter_num"] or 0) * steps * window)
 
 
@@ -161,9 +169,9 @@ def describe(described: Described, run: Run) -> dict[str, Any]:
         "result_files": [],
         "status": now,
         "trained_tokens": _trained_tokens(described),
-        "training_file": kept.get("training_file") or config.get("dataset") or "",
+        "training_file": str(kept.get("training_file") or config.get("dataset") or ""),
         "validation_file": kept.get("validation_file"),
-        "seed": int(config.get("seed") or 0),
+        "seed": _number(config, "seed"),
         "integrations": [],
         "metadata": kept.get("metadata") or {},
         "name": run.name,
@@ -193,9 +201,10 @@ def saved_checkpoints(run: Run) -> list[SavedCheckpoint]:
     found: dict[int, SavedCheckpoint] = {}
     for path in (run.checkpoint, run.best):
         manifest = read_object(run.manifest(path))
-        step = manifest.get("iter_num")
+        step, written = manifest.get("iter_num"), manifest.get("written")
         if isinstance(step, int) and path.is_file() and step not in found:
-            found[step] = SavedCheckpoint(path.name, step, float(manifest.get("written") or path.stat().st_mtime))
+            when = written if isinstance(written, float) else path.stat().st_mtime
+            found[step] = SavedCheckpoint(path.name, step, when)
     return sorted(found.values(), key=lambda saved: saved.step, reverse=True)
 
 

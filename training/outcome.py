@@ -46,6 +46,7 @@ class Outcome:
         self.iter_num = 0
         self.best_val_loss: float | None = None
         self.stopped = False
+        self.note: str | None = None  # what else is to be said of a good end
         self.exit_code = 0
 
     def of(self, run: Run | None, config: TrainConfig) -> None:
@@ -74,9 +75,14 @@ class Outcome:
             if self.exit_code == 1:
                 traceback.print_exception(error)
             print(f"train.py: {sentence}", file=sys.stderr, flush=True)
+        if self.note is not None:
+            print(self.note, flush=True)
         state = "failed" if error is not None else "stopped" if self.stopped else "succeeded"
         if self.run is not None:
             self._write(self.run, state, sentence)
+            if error is None:
+                best = "" if self.best_val_loss is None else f", best val {self.best_val_loss:.4f}"
+                print(f"{state}: {self.iter_num} iterations{best}, in {self.run.relative}", flush=True)
         return True
 
     def _write(self, run: Run, state: str, sentence: str | None) -> None:
@@ -85,6 +91,6 @@ class Outcome:
             "iter_num": self.iter_num,
             "best_val_loss": finite(self.best_val_loss),
         }
-        result |= {"error": sentence, "exit_code": self.exit_code, "finished": time.time()}
+        result |= {"error": sentence, "note": self.note, "exit_code": self.exit_code, "finished": time.time()}
         with contextlib.suppress(StorageError, OSError):  # on a full disk the exit code and the log must do
             write_json(run.result, result)

@@ -43,11 +43,13 @@ class ProgressLine:
         self.drawn = 0.0  # when, by the monotonic clock
         self.open = False  # whether an unfinished line stands on the terminal
 
-    def show(self, iter_num: int, loss: float, val_loss: float | None, speed: float, left: float) -> None:
-        """Show one report: `speed` in tokens per second, `left` in seconds."""
+    def show(
+        self, iter_num: int, loss: float, val_loss: float | None, speed: float, left: float, keep: bool = False
+    ) -> None:
+        """Show one report: `speed` in tokens per second, `left` in seconds; `keep` leaves it on the terminal."""
         val = "" if val_loss is None else f"  val {val_loss:.4f}"
         text = f"loss {loss:.4f}{val}  {quantity(speed)} tok/s  {duration(left)} left"
-        if self.terminal:
+        if self.terminal and not keep:
             self._draw(f"{bar(iter_num / self.total)} {iter_num}/{self.total}  {text}")
         else:
             self.say(f"{iter_num:>{len(str(self.total))}}/{self.total}  {text}")

@@ -68,7 +68,8 @@ class Report:
             speed = (iter_num - self.since[0]) / max(seconds - self.since[1], 1e-9)  # iterations per second
             row |= {"tokens_per_second": speed * self.tokens, "seconds_left": (self.max_iters - iter_num) / speed}
             row |= {"mfu": None if self.peak is None else speed * self.flops / self.peak}
-            self.line.show(iter_num, row["loss"], self.val_loss, row["tokens_per_second"], row["seconds_left"])
+            figures = (row["loss"], self.val_loss, row["tokens_per_second"], row["seconds_left"])
+            self.line.show(iter_num, *figures, keep=evaluation is not None)
         elif evaluation is not None:
             self.line.say(f"at iteration {iter_num}: val {self.val_loss:.4f}")
         if due:
