@@ -21,7 +21,7 @@ from flask_openapi3.openapi import OpenAPI
 
 from inference.backend import InferenceBackend
 from inference.sequence import InferenceError
-from storage import hub
+from storage import hub, user_files
 from storage.errors import StorageError
 from storage.inspection import inspect
 from storage.registry import resolve
@@ -152,6 +152,7 @@ def build(settings: Settings, workspace: Workspace) -> tuple[Flask, ServerProces
 
     if settings.hf_token is not None:
         os.environ["HF_TOKEN"] = settings.hf_token  # huggingface_hub reads it there
+    user_files.sweep(workspace)
     engine = Engine(
         workspace,
         device=settings.device,

@@ -25,6 +25,7 @@ from storage.files import (
     read_json,
     replace_file,
     require_space,
+    sweep_temporary,
     sync_folder,
     temporary_beside,
     write_json,
@@ -86,6 +87,12 @@ class UserFile:
 
 def _folder(workspace: Workspace) -> Path:
     return workspace.root / "state" / "files"
+
+
+def sweep(workspace: Workspace) -> None:
+    """Remove what uploads left that a crash interrupted; for a server that has just started."""
+    sweep_temporary(_folder(workspace))
+    sweep_temporary(workspace.data)
 
 
 # ---- uploading

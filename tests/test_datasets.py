@@ -239,6 +239,18 @@ def test_copies_of_a_document_are_on_the_same_side(workspace):
     assert (len(train), len(val)) == (27, 3)
 
 
+@pytest.mark.parametrize("files", [{"zebra_jsonl": jsonl(["a train\n"] * 30)}, {"text_txt": "a train\n" * 30}])
+def test_a_file_val_is_the_text_to_validate_on(workspace, files):
+    train, val = texts_of(make(workspace, "d", val_jsonl=jsonl(["one\n", "two\n"]), **files).prepare(BPE))
+    assert val.replace("<|endoftext|>", "") == "one\ntwo\n"
+    assert train.replace("<|endoftext|>", "") == "a train\n" * 30
+
+
+def test_a_file_val_alone_leaves_nothing_to_train_on(workspace):
+    with pytest.raises(NotLoadable, match="leave train without a token"):
+        make(workspace, "d", val_txt=TEXT).prepare(BPE)
+
+
 def test_much_text_needs_a_hundredth_to_validate_on(workspace, monkeypatch):
     monkeypatch.setattr(token_files, "LARGE_BYTES", 100)
     splits = make(workspace, "a", d_jsonl=jsonl([f"document {i}" for i in range(200)])).prepare(BPE)

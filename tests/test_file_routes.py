@@ -222,6 +222,15 @@ def test_one_check_at_a_time(server):
     assert user_files.settled(waiting).status == "processed"
 
 
+def test_what_a_crash_left_is_swept(server, tmp_path):
+    file = upload(server)
+    for parent in (tmp_path / "state/files", tmp_path / "data"):
+        (parent / ".x.0123456789abcdef.tmp/y").mkdir(parents=True)
+    user_files.sweep(server.workspace)
+    assert [path.name for path in (tmp_path / "state/files").iterdir()] == [file["id"]]
+    assert list((tmp_path / "data").iterdir()) == []
+
+
 def test_many_uploads_at_once_get_ids_of_their_own(server):
     threads = [threading.Thread(target=lambda: send(server)) for _ in range(8)]
     for thread in threads:

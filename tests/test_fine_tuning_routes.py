@@ -369,6 +369,17 @@ def test_the_openapi_document_has_the_routes(server):
     assert {"get", "post"} <= set(paths[JOBS]) and "post" in paths[f"{JOBS}/{{job_id}}/pause"]
 
 
+def test_a_damaged_run_is_listed_all_the_same(server, file_id):
+    job = trained(server, file_id)
+    run = run_of(server, job)
+    (run.folder / "openai.json").write_text('{"suffix": [], "hyperparameters": 5, "paused": {}}')
+    write_json(run.manifest(run.checkpoint), {"iter_num": 10, "written": "yesterday"})
+    strange = described(server, job) | {"config": {"seed": "x", "batch_size": [], "dataset": 5}, "state": "succeeded"}
+    server.jobs.get(job["name"]).describe = lambda: strange
+    for path in (JOBS, f"{JOBS}/{job['id']}", f"{JOBS}/{job['id']}/checkpoints", "/v1/models", "/v1/files"):
+        assert server.get(path).status_code == 200
+
+
 def test_the_result_answers_by_its_name_at_once(server, file_id):
     name = server.get(f"{JOBS}/{trained(server, file_id)['id']}").json["fine_tuned_model"]
     for _ in range(2):

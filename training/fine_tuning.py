@@ -23,8 +23,8 @@ ORGANIZATION = "local"
 ID = re.compile(r"ftjob-[0-9a-f]{24}")
 MODEL_NAME = re.compile(r"ft:[^:/]*:[^:/]*:[^:/]*:([0-9a-f]{24})(?::ckpt-step-([0-9]{1,10}))?")
 STATUS = {"queued": "queued", "running": "running", "succeeded": "succeeded", "stopped": "cancelled"}
-KEPT = {"model": str, "training_file": str, "validation_file": str, "suffix": str, "hyperparameters": dict}
-KEPT |= {"metadata": dict, "paused": float}  # what openai.json may hold, and of which type
+KEPT: dict[str, type] = dict.fromkeys(("model", "training_file", "validation_file", "suffix"), str)
+KEPT |= {"hyperparameters": dict, "metadata": dict, "paused": float}  # what openai.json may hold, and of which type
 UNFINISHED = ("queued", "running", "paused")
 Described = Mapping[str, Any]  # what Job.describe() returns
 
