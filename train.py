@@ -32,6 +32,7 @@ from storage.registry import pretrained_names
 from storage.runs import Run, Workspace
 from storage.tokenizer import Tokenizer
 from storage.tokenizer_choice import tokenizer_for
+from training.best import BestLoss
 from training.command_line import parse
 from training.config import ConfigError, TrainConfig, resolve
 from training.hardware import choose_device, choose_dtype, process_memory
@@ -47,7 +48,6 @@ from training.windows import Tokens, WindowOrder, gather
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAMPLE_TEMPERATURE, SAMPLE_TOP_K, PROMPT_TOKENS = 0.8, 40, 16
-NO_LOSS = 1e9  # nanoGPT's best_val_loss before there is one
 
 
 class Team:
@@ -161,7 +161,7 @@ class Trainer:
             self.forward = DistributedDataParallel(self.forward)
         self.order = WindowOrder(len(splits.train), self.window, config.seed)
         self.iter_num, self.evaluated, self.seconds = 0, -1, 0.0
-        self.best_val_loss: float | None = None
+        self.best = BestLoss()
 
     def interrupted(self) -> bool:
         """Say whether to drop work that can be done again; several processes only stop together, after an iteration."""
@@ -242,9 +242,8 @@ class Trainer:
             return None, False
         if not math.isfinite(train + val):
             raise Diverged(f"the evaluated loss is {train + val} at iteration {self.iter_num}; lower learning_rate")
-        better = self.iter_num > 0 and (self.best_val_loss is None or val < self.best_val_loss)
-        self.evaluated, self.best_val_loss = self.iter_num, val if better else self.best_val_loss
-        return losses(train, val, self.best_val_loss, self.splits.bytes_per_token), better
+        self.evaluated, better = self.iter_num, self.best.see(self.iter_num, val)
+        return losses(train, val, self.best.loss, self.splits.bytes_per_token), better
 
     def sample(self) -> tuple[str, str]:
         """Return a prompt and its continuation, from the same prompt and random numbers each time."""
@@ -262,10 +261,10 @@ class Trainer:
         named = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
         if not all(p.isfinite().all() for p in self.model.parameters()):
             raise Diverged(f"a weight is no longer a number at iteration {self.iter_num}; lower learning_rate")
-        shape, best = self.model.config, NO_LOSS if self.best_val_loss is None else self.best_val_loss
+        shape = self.model.config
         weights = {"model": self.model.state_dict(), "optimizer": named["adamw"] if len(named) == 1 else named}
         about = {"model_args": shape.model_args(), "activation": shape.activation, "tied": shape.tied}
-        reached = {"iter_num": self.iter_num, "best_val_loss": best, "evaluated": self.evaluated}
+        reached = {"iter_num": self.iter_num, "evaluated": self.evaluated, **self.best.state()}
         position = {"data_state": self.order.state(), "scaler": self.scaler.state_dict(), "seconds": self.seconds}
         return weights | about | reached | position | {"config": self.config.given(), "made_by": self.made_by()}
 
@@ -279,7 +278,7 @@ class Trainer:
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizer"] if len(self.optimizers) == 1 else state["optimizer"][name])
         self.iter_num, self.evaluated = state["iter_num"], state["evaluated"]
-        self.best_val_loss = state["best_val_loss"] if state["best_val_loss"] < NO_LOSS else None
+        self.best.restore(state, self.config.patience)
         self.seconds = state["seconds"]
         warn_of_differences(state["made_by"], self.made_by())
         self.order.restore(state["data_state"])
@@ -315,19 +314,20 @@ def train(config: TrainConfig, workspace: Workspace, run: Run, team: Team, outco
     update, saved, stop.looping = {}, trainer.iter_num if state else -1, True
     while True:
         evaluation, best = trainer.evaluate()
-        outcome.reached(trainer.iter_num, trainer.best_val_loss)
+        outcome.reached(trainer.iter_num, trainer.best.loss)
         report.iteration(trainer.iter_num, update, evaluation, trainer.seconds, machine.memory_bytes())
         if evaluation is not None and trainer.iter_num > 0:
             if first and config.sample_tokens and not stop.requested:
                 report.sample(trainer.iter_num, *trainer.sample())
             save(trainer, run, best)
             saved = trainer.iter_num
-        if trainer.iter_num >= config.max_iters or team.sum(stop.requested):
+        outcome.note = trainer.best.verdict(trainer.iter_num, config)
+        if trainer.iter_num >= config.max_iters or outcome.note is not None or team.sum(stop.requested):
             break
         update = trainer.update()
     if saved != trainer.iter_num:
         save(trainer, run, best=False)
-    outcome.stopped = trainer.iter_num < config.max_iters
+    outcome.stopped = trainer.iter_num < config.max_iters and outcome.note is None
 
 
 def main(argv: list[str] | None = None) -> int:

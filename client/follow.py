@@ -164,5 +164,5 @@ def follow(client: ApiClient, name: str) -> None:
         click.echo(json.dumps(job))
     if job["state"] != "succeeded":
         raise ApiError(f"job {name} {job['state']}: {job.get('error') or 'it left no reason'}")
-    note(standing(job))
+    note("  ".join(filter(None, (standing(job), job.get("note")))))
     advise(client, load=f"load --model_path out/{name}/ckpt.pt", generate='generate --prompt "Once upon a time"')

@@ -40,6 +40,7 @@ TRAINING: Options = {
     "optimizer": (str, "adamw or muon."),
     "eval_interval": (int, "Iterations between evaluations."),
     "eval_iters": (int, "Batches in one evaluation."),
+    "patience": (int, "Evaluations without a better validation loss after which it ends."),
     "n_layer": (int, "Layers of a model from scratch."),
     "n_head": (int, "Attention heads per layer."),
     "n_embd": (int, "Width."),

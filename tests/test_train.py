@@ -191,6 +191,38 @@ def test_a_finished_run_goes_on_with_more_iterations(place):
     assert (saved["max_iters"], saved["lr_decay_iters"], saved["init_from"]) == (9, 6, "scratch")
 
 
+def evaluated_as(monkeypatch, *val_losses: float) -> None:
+    """Make the evaluations of a run find these validation losses."""
+    found = iter([each for val in val_losses for each in (1.0, val)])
+    monkeypatch.setattr(train.Trainer, "loss_on", lambda self, tokens: next(found))
+
+
+def test_a_run_ends_when_its_validation_loss_has_not_improved_for_long_enough(place, monkeypatch, capsys):
+    evaluated_as(monkeypatch, 0.5, 3.0, 2.0, 2.1, 2.0)
+    assert place.train("a", max_iters=60, patience=2) == 0
+    note = "stopped early at iteration 24: val loss has not improved for 2 evaluations"
+    assert place.result("a") | {"state": "succeeded", "note": note, "iter_num": 24} == place.result("a")
+    assert note in capsys.readouterr().out and place.state("a")["iter_num"] == 24
+    assert place.result("a")["best_val_loss"] == 2.0 and checkpoints.load_training_state(place.run("a").checkpoint)
+
+
+def test_a_resumed_run_has_waited_as_long_as_before(place, monkeypatch):
+    stop_at(monkeypatch, 20)
+    evaluated_as(monkeypatch, 4.0, 2.0, 2.5, 2.4, 2.3, 1.0)
+    assert place.train("a", max_iters=60, patience=3) == 0
+    assert place.result("a")["state"] == "stopped" and place.state("a")["waited"] == 2
+    assert place.train("a", init_from="resume") == 0
+    assert place.result("a")["iter_num"] == 24 and "3 evaluations" in place.result("a")["note"]
+
+
+def test_a_run_that_stopped_early_and_is_resumed_waits_anew(place, monkeypatch):
+    evaluated_as(monkeypatch, 4.0, 2.0, 2.5, 2.6, 2.7)
+    place.train("a", max_iters=24, patience=1)
+    assert place.result("a")["iter_num"] == 12
+    place.train("a", init_from="resume")
+    assert place.result("a")["iter_num"] == 18 and "1 evaluation" in place.result("a")["note"]
+
+
 def test_a_signal_during_an_evaluation_saves_at_once_and_evaluates_after_the_resume(place, monkeypatch):
     place.train("straight")
     loss_on = train.Trainer.loss_on
