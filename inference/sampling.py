@@ -78,7 +78,7 @@ def _draw(kind: str, logits: Tensor, peaks: Tensor, best: Tensor, sequences: lis
     columns = [(u, p.temperature, p.top_p, p.min_p, p.top_k) for u, p in rows]
     knobs = torch.tensor(columns, dtype=torch.float64, device=logits.device)  # sums keep their last digits
     if kind == "plain":
-        return _draw_plain(logits, best, knobs)
+        return _draw_weights(_weights(logits, best, knobs), knobs)
     if kind == "tail":
         return _draw_tail(logits, peaks, best, knobs)
     values, ids = _candidates(logits, peaks, knobs[:, 4].long()) if kind == "top_k" else _sorted(logits)
@@ -118,10 +118,14 @@ def _candidates(logits: Tensor, peaks: Tensor, ks: Tensor) -> tuple[Tensor, Tens
     rows, groups = (peaks >= threshold).nonzero(as_tuple=True)
     values = _open(logits, rows, groups)
     some, places = (values >= threshold[rows]).nonzero(as_tuple=True)
-    rows, ids, values = rows[some], groups[some] * GROUP + places, values[some, places]  # ids rise within a row
-    counts = rows.bincount(minlength=len(logits))
-    columns = torch.arange(len(rows), device=logits.device) - (counts.cumsum(0) - counts)[rows]
-    dense = logits.new_full((len(logits), int(counts.max())), -math.inf)
+    return _align(len(logits), rows[some], groups[some] * GROUP + places, values[some, places])
+
+
+def _align(n: int, rows: Tensor, ids: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return entries (m,), whose rows and ids rise, as falling values and their ids (n, w); -inf fills up."""
+    counts = rows.bincount(minlength=n)
+    columns = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
+    dense = values.new_full((n, int(counts.max())), -math.inf)
     dense[rows, columns] = values
     tokens = torch.zeros_like(dense, dtype=torch.long)
     tokens[rows, columns] = ids
@@ -149,42 +153,62 @@ def _draw_sorted(values: Tensor, ids: Tensor, knobs: Tensor, total: Tensor | Non
 
 
 def _draw_tail(logits: Tensor, peaks: Tensor, best: Tensor, knobs: Tensor) -> Tensor:
-    """Choose where top_p or min_p cut the tail without top_k: look at more and more candidates until they do."""
-    total = _weights(logits, best, knobs)[1].sum(-1, keepdim=True)
-    chosen = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-    left = torch.arange(len(logits), device=logits.device)
-    G = peaks.size(1)
-    for k in (max(1, G // 4), G):  # of 50 257 logits some 300, then some 5000
-        candidates = _candidates(logits[left], peaks[left], torch.full_like(left, k))
-        ids, settled = _draw_sorted(*candidates, knobs[left], total[left])
-        chosen[left[settled]] = ids[settled]
-        left = left[~settled]
-        if len(left) == 0:
-            return chosen
-    chosen[left] = _draw_sorted(*_sorted(logits[left]), knobs[left], total[left])[0]
-    return chosen
+    """Choose where top_p or min_p cut the tail without top_k: mostly among few candidates, else from the whole row."""
+    weights = _weights(logits, best, knobs)
+    total = weights.sum(-1).double().sum(-1, keepdim=True)
+    few = torch.full((len(logits),), max(1, peaks.size(1) // 4), device=logits.device)
+    ids, settled = _draw_sorted(*_candidates(logits, peaks, few), knobs, total)
+    left = (~settled).nonzero()[:, 0]
+    if len(left) > 0:
+        ids[left] = _draw_weights(_cut(weights[left], knobs[left], total[left]), knobs[left])
+    return ids
 
 
-def _draw_plain(logits: Tensor, best: Tensor, knobs: Tensor) -> Tensor:
-    """Choose from the whole row: first the group, then the token in it."""
-    n, u = len(logits), knobs[:, :1]
-    weights, masses = _weights(logits, best, knobs)
+def _cut(weights: Tensor, knobs: Tensor, total: Tensor) -> Tensor:
+    """Return weights (n, G, GROUP) with top_p's and min_p's tail at 0.
+
+    Sorting a row takes 4 ms; so the masses of bins are added up, 64 bins for each power of two, and only
+    the bin in which top_p is reached is sorted. The bits of weights between 0 and 1 are in their order.
+    """
+    n, flat = len(weights), weights.flatten(1)
+    top_p, min_p = knobs[:, 2:3], knobs[:, 3:4]
+    goal = torch.where(top_p < 1.0, (top_p * total).clamp(min=1e-9), math.inf)  # the greatest always stays
+    bins, count = flat.view(torch.int32) >> 17, (0x3F800000 >> 17) + 1  # the bits of 1.0
+    numbers = bins + torch.arange(n, dtype=torch.int32, device=flat.device)[:, None] * count
+    mass = torch.bincount(numbers.flatten(), flat.flatten().double(), n * count).view(n, count)
+    above = mass.flip(-1).cumsum(-1).flip(-1)  # of a bin and all higher ones
+    last = (above >= goal).sum(-1, keepdim=True) - 1  # the bin in which the goal is reached; -1: in none
+    border = last.to(bins.dtype)
+    rows, ids = (bins == border).nonzero(as_tuple=True)
+    kept = flat.masked_fill((bins < border) | (flat < min_p.to(flat.dtype)), 0.0)
+    if len(rows) > 0:
+        values, ids = _align(n, rows, ids, flat[rows, ids])
+        inside = values.clamp(min=0.0).double()
+        before = inside.cumsum(-1) - inside + above.gather(1, last.clamp(min=0)) - inside.sum(-1, keepdim=True)
+        rows, columns = ((before >= goal) & (values > -math.inf)).nonzero(as_tuple=True)
+        kept[rows, ids[rows, columns]] = 0.0
+    return kept.view_as(weights)
+
+
+def _draw_weights(weights: Tensor, knobs: Tensor) -> Tensor:
+    """Choose by all weights (n, G, GROUP) of the rows: first the group, then the token in it."""
+    u = knobs[:, :1]
+    masses = weights.sum(-1).double()
     cumulative = masses.cumsum(-1)
     target = u * cumulative[:, -1:]
     group = _place(cumulative, target)
     before = cumulative.gather(1, group) - masses.gather(1, group)
-    inside = weights[torch.arange(n, device=logits.device), group[:, 0]].double().cumsum(-1)
+    inside = weights[torch.arange(len(weights), device=u.device), group[:, 0]].double().cumsum(-1)
     return (group * GROUP + _place(inside, target - before))[:, 0]
 
 
-def _weights(logits: Tensor, best: Tensor, knobs: Tensor) -> tuple[Tensor, Tensor]:
-    """Return exp of logits over temperature (n, G, GROUP), the greatest being 1, and each group's sum (n, G)."""
+def _weights(logits: Tensor, best: Tensor, knobs: Tensor) -> Tensor:
+    """Return exp of logits over temperature (n, G, GROUP), the greatest being 1; 0 past the vocabulary."""
     n, V = logits.shape
     weights = logits.new_zeros(n, -(-V // GROUP) * GROUP)
     torch.sub(logits, best[:, None], out=weights[:, :V])
     weights[:, :V].div_(knobs[:, 1:2].to(logits.dtype)).exp_()
-    weights = weights.view(n, -1, GROUP)
-    return weights, weights.sum(-1).double()
+    return weights.view(n, -1, GROUP)
 
 
 def _invert(weights: Tensor, u: Tensor) -> Tensor:
