@@ -225,7 +225,8 @@ def slow_choice(logits: list[float], p: SamplingParams) -> int:
             kept.append(i)
         before += weights[i]
     few = max(1, -(-len(logits) // 64) // 4)  # candidates that are looked at first where there is no top_k
-    reach = sum(x >= sorted(group_peaks(logits), reverse=True)[few - 1] for x in logits)
+    threshold = sorted(group_peaks(logits), reverse=True)[few - 1]
+    reach = sum(x >= threshold for x in logits)
     if not 0 < p.top_k < len(logits) and len(kept) >= reach:
         kept.sort()  # a draw from the whole row goes by id
     target = random.Random(p.seed).random() * sum(weights[i] for i in kept)
