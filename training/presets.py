@@ -27,10 +27,10 @@ LARGE |= {"max_iters": 20_000, "warmup_iters": 500, "eval_interval": 500, "token
 
 PRESETS: dict[str, dict[str, Any]] = {
     # nanoGPT's CPU recipe in shape; its GPU character recipe is `mini`
-    "nano": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 32, "learning_rate": 5e-3}
+    "nano": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 32, "learning_rate": 1e-2}
     | {"max_iters": 2000, "warmup_iters": 50, "eval_interval": 250}
     | SMALL,
-    "micro": {"n_layer": 4, "n_head": 8, "n_embd": 256, "block_size": 128, "batch_size": 32, "learning_rate": 3e-3}
+    "micro": {"n_layer": 4, "n_head": 8, "n_embd": 256, "block_size": 128, "batch_size": 32, "learning_rate": 5e-3}
     | {"max_iters": 3000, "warmup_iters": 100, "eval_interval": 250}
     | SMALL,
     "mini": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 64, "learning_rate": 2e-3}
