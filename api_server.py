@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import uuid
+from functools import partial
 from typing import Any
 
 import click
@@ -164,7 +165,8 @@ def build(settings: Settings, workspace: Workspace) -> tuple[Flask, ServerProces
         prefill_tokens=settings.prefill_tokens,
         request_timeout=settings.request_timeout,
     )
-    jobs = JobManager(workspace, LocalBackend(workspace), max_jobs=settings.max_jobs)
+    allow = partial(check_allowed, settings)
+    jobs = JobManager(workspace, LocalBackend(workspace), max_jobs=settings.max_jobs, allow=allow)
     app = create_app(settings, engine, jobs, workspace)
     return app, ServerProcess(app.extensions[EXTENSION])
 

@@ -42,7 +42,7 @@ from training.report import Report, losses
 from training.resumption import require_resumable, warn_of_differences
 from training.run_folder import claim
 from training.schedule import learning_rate
-from training.starting_point import check_fit, reference, require_memory, shorter_context
+from training.starting_point import check_fit, reference, require_memory, shorter_context, window_of
 from training.stop_signal import StopSignal
 from training.windows import Tokens, WindowOrder, gather
 
@@ -152,7 +152,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, machine: Machine, team: Team, model: GPT, splits: Splits, stop: StopSignal):
         self.config, self.machine, self.team, self.splits, self.stop = config, machine, team, splits, stop
-        self.window = config.window or model.config.block_size
+        self.window = window_of(config, model.config.block_size)
         self.model = model.to(machine.device)
         self.optimizers = optimizers(config, self.model)
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == "fp16")

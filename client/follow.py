@@ -162,6 +162,10 @@ def follow(client: ApiClient, name: str) -> None:
         raise click.exceptions.Exit(INTERRUPTED) from None
     if raw():
         click.echo(json.dumps(job))
+    if job["state"] == "stopped" and not job.get("error"):
+        note(standing(job))
+        advise(client, resume=f"jobs resume {name}")
+        raise click.exceptions.Exit(1)
     if job["state"] != "succeeded":
         raise ApiError(f"job {name} {job['state']}: {job.get('error') or 'it left no reason'}")
     note("  ".join(filter(None, (standing(job), job.get("note")))))

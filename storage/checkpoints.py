@@ -77,12 +77,17 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def _known(best_val_loss: float | None) -> float | None:
+    """Return the best loss, None for nanoGPT's 1e9, which stands for none yet."""
+    return None if best_val_loss is None or best_val_loss >= 1e9 else best_val_loss
+
+
 def _entry(path: Path, sha256: str, inspection: Inspection) -> dict[str, Any]:
     return {
         "size": path.stat().st_size,
         "sha256": sha256,
         "iter_num": inspection.iter_num,
-        "best_val_loss": inspection.best_val_loss,
+        "best_val_loss": _known(inspection.best_val_loss),
         "parameters": inspection.parameters,
         "written": time.time(),
     }

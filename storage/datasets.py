@@ -16,7 +16,7 @@ import os
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,11 @@ CHECKED_AT_ONCE = 64 * 2**20  # bytes of a token file whose ids are looked at be
 
 def ignore(what: str, done: int, total: int) -> None:
     """Report nothing: the progress of callers that show none."""
+
+
+def _without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment without keys and tokens: a script of a dataset has no use for them."""
+    return {name: value for name, value in environment.items() if not name.endswith(("TOKEN", "KEY", "SECRET"))}
 
 
 class Dataset:
@@ -223,12 +228,13 @@ class Dataset:
         progress(f"running data/{self.name}/prepare.py", 0, 0)
         sys.stdout.flush()
         argv = [sys.executable, "-u", str(self.folder / "prepare.py")]
-        env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}  # scripts import storage
+        env = {
+            **_without_secrets(os.environ),
+            "PYTHONPATH": str(Path(__file__).resolve().parent.parent),
+        }
         code = subprocess.run(argv, stdin=subprocess.DEVNULL, env=env, check=False).returncode
         if code != 0:
-            raise self.refuse(
-                f"could not be fetched: its prepare.py ended with code {code}, for the reason given above"
-            )
+            raise self.refuse(f"could not be fetched: its prepare.py ended with code {code}; the log says why")
         if not self._is_collected():
             raise self.refuse("has neither text nor tokens after its prepare.py")
 

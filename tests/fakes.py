@@ -183,6 +183,9 @@ class FakeJob:
         self.name, self.config, self.process_id = name, config, process_id
         self.state = "queued" if process_id is None else "running"
 
+    def sample(self) -> dict[str, Any] | None:
+        return {"iter_num": 5, "prompt": "To", "text": " be"}
+
     def describe(self) -> dict[str, Any]:
         max_iters = self.config.max_iters
         numbers = {"iter_num": 0, "max_iters": max_iters, "loss": None, "val_loss": None, "best_val_loss": None}
@@ -215,6 +218,10 @@ class FakeJobs:
     def counts(self) -> dict[str, int]:
         states = [job.state for job in self.jobs.values()]
         return {state: states.count(state) for state in ("running", "queued")}
+
+    def require_dataset_unused(self, name: str) -> None:
+        if any(job.config.dataset == name for job in self.jobs.values()):
+            raise JobBusy(f"the dataset {name} is in use")
 
     def log_tail(self, name: str) -> str:
         self.get(name)

@@ -12,6 +12,7 @@ from training.config import PRESETS, ConfigError, TrainConfig, errors_to_sentenc
 from training.disk_space import needed
 from training.hardware import choose_device, choose_dtype
 from training.schedule import learning_rate
+from training.starting_point import window_of
 
 MINIMAL = {"dataset": "stdlib", "output_dir": "out/x"}
 
@@ -202,3 +203,9 @@ def test_the_precision_follows_the_device():
     assert choose_dtype("fp16", "cuda", True) == "fp16"
     with pytest.raises(ConfigError, match="fp16, which needs a cuda device"):
         choose_dtype("fp16", "cpu", True)
+
+
+def test_a_window_is_never_longer_than_the_context_of_the_model():
+    fine_tuning = resolve(TrainConfig.parse({"dataset": "d", "output_dir": "out/a", "init_from": "my_nano"}))
+    assert (window_of(fine_tuning, 64), window_of(fine_tuning, 1024)) == (64, 256)
+    assert window_of(TrainConfig.parse({"dataset": "d", "output_dir": "out/a"}), 64) == 64

@@ -77,6 +77,7 @@ def test_jobs_are_listed_and_described(server):
     assert [job["name"] for job in server.get("/api/jobs").json["jobs"]] == ["shakespeare_model"]
     job = server.get("/api/jobs/shakespeare_model").json
     assert job["state"] == "running" and job["max_iters"] == 20
+    assert job["sample"] == {"iter_num": 5, "prompt": "To", "text": " be"}
 
 
 @pytest.mark.parametrize("path", ["", "/metrics", "/plot.svg", "/log", "/log?follow=1"])

@@ -124,6 +124,50 @@ def wait_for(manager: JobManager, name: str, state: str, seconds=10.0) -> dict:
     return manager.get(name).describe()
 
 
+# ---- what must not be lost
+
+
+@pytest.mark.parametrize("start", ["a", "a/best", "out/a/ckpt.pt"])
+def test_a_run_cannot_replace_the_run_it_starts_from(place, start, monkeypatch):
+    manager = place.manager(max_jobs=2)
+    manager.create(config("a"))
+    place.checkpoint("a")
+    place.workspace.run("a").best.write_bytes(b"weights")
+    place.backend.end("a", state="succeeded", iter_num=20)
+    wait_for(manager, "a", "succeeded")
+    with pytest.raises(ConfigError, match="out/a is what this training starts from"):
+        manager.create(config("a", init_from=start, overwrite=True))
+    assert place.workspace.run("a").checkpoint.exists()
+
+
+def test_a_dataset_cannot_go_while_a_job_needs_it(place):
+    manager = place.manager()
+    manager.create(config("a"))
+    with pytest.raises(JobBusy, match="the dataset text is in use by the job a"):
+        manager.require_dataset_unused("text")
+    manager.require_dataset_unused("other")
+
+
+def test_a_killed_job_does_not_resume_to_fewer_iterations_than_its_checkpoint_has(place):
+    manager = place.manager()
+    manager.create(config("a", max_iters=3000))
+    place.checkpoint("a")
+    run = place.workspace.run("a")
+    write_json(run.manifest(run.checkpoint), {"size": 7, "iter_num": 250})
+    place.backend.end("a", code=-9)
+    wait_for(manager, "a", "failed")
+    with pytest.raises(ConfigError, match="max_iters is 200; a has 250 iterations behind it"):
+        manager.resume("a", max_iters=200)
+
+
+def test_a_model_that_may_not_be_used_starts_no_job(place):
+    def allow(start):
+        raise ConfigError(f"{start.id} is not allowed")
+
+    with pytest.raises(ConfigError, match="gpt2 is not allowed"):
+        place.manager(allow=allow).create(config("b", model_type="gpt2"))
+
+
 # ---- starting
 
 

@@ -59,7 +59,7 @@ class TrainConfig(StrictModel):
 
     batch_size: int | None = option("batches", "windows per step of all processes together", ge=1, le=4096)
     gradient_accumulation_steps: int | None = option("batches", "steps per iteration", ge=1, le=65536)
-    window: int | None = option("batches", "tokens per window, at most block_size (its default)", ge=1, le=65536)
+    window: int | None = option("batches", "tokens per window; block_size when absent or larger", ge=1, le=65536)
 
     max_iters: int | None = option("optimizer", "iterations: updates of the weights", ge=1, le=1_000_000_000)
     optimizer: Optimizer | None = option("optimizer", "adamw, or muon for the matrices and adamw for the rest")
@@ -132,6 +132,8 @@ def _start(config: TrainConfig, pretrained: Sequence[str]) -> tuple[str | None, 
         init_from = "pretrained" if model_type in pretrained else "scratch"
     if init_from == "scratch" and model_type not in PRESETS:
         raise ConfigError(f"model_type {model_type} has no preset to start from scratch: {', '.join(PRESETS)} have")
+    if init_from == "pretrained" and model_type is None:
+        raise ConfigError("model_type is required with init_from pretrained: " + ", ".join(pretrained))
     if init_from == "pretrained" and model_type not in pretrained:
         raise ConfigError(f"model_type {model_type} is not pretrained: {', '.join(pretrained)} are")
     return model_type, init_from

@@ -97,6 +97,10 @@ class Job:
         """Return the state at the time this job was read."""
         return self.status.state
 
+    def sample(self) -> dict[str, Any] | None:
+        """Return the latest text sample: iter_num, prompt and text; None before there is one."""
+        return metrics.last(self.run.samples) or None
+
     def describe(self) -> dict[str, Any]:
         """Return what GET /api/jobs/<name> says; reads small files and the end of the metrics."""
         status, config, row = self.status, read_object(self.run.config), metrics.last(self.run.metrics)

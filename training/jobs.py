@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from storage import datasets, hub, registry, tokenizer
 from storage.errors import BadName, NotFound, StorageError
@@ -25,7 +25,7 @@ from training.backend import TrainingBackend
 from training.config import ConfigError, TrainConfig, resolve
 from training.job import ENDED, Job, Status, read_object, trainer_of
 from training.lock_file import OutLock
-from training.starting_point import reference
+from training.starting_point import reference, require_elsewhere
 from training.trash import move_to_trash
 
 __all__ = ["ConfigError", "Job", "JobBusy", "JobManager"]
@@ -56,7 +56,7 @@ def _how_it_ended(status: Status, run: Run, code: int | None) -> tuple[str, str 
     last = job_log.last_lines(run.log)
     last = f"; its last words: {last}" if last else ""
     if code is None:
-        return "lost", f"it ended while no server looked, without saying how{last}"
+        return "lost", f"it ended without saying how: killed, or while no server looked{last}"
     if code < 0:
         with contextlib.suppress(ValueError):
             memory = ", perhaps because memory ran out" if code == -signal.SIGKILL else ""
@@ -67,8 +67,19 @@ def _how_it_ended(status: Status, run: Run, code: int | None) -> tuple[str, str 
 class JobManager:
     """The jobs in out/. All methods may be called from any thread."""
 
-    def __init__(self, workspace: Workspace, backend: TrainingBackend, max_jobs: int = 1, grace: float = GRACE):
-        """Take hold of out/, find the jobs in it again, and begin to watch. Raises OutInUse."""
+    def __init__(
+        self,
+        workspace: Workspace,
+        backend: TrainingBackend,
+        max_jobs: int = 1,
+        grace: float = GRACE,
+        allow: Callable[[registry.ModelReference], None] = lambda start: None,
+    ):
+        """Take hold of out/, find the jobs in it again, and begin to watch. Raises OutInUse.
+
+        `allow` raises for a model that a job may not start from.
+        """
+        self._allow = allow
         self._workspace, self._backend, self._max_jobs, self._grace = workspace, backend, max_jobs, grace
         self._out = OutLock(workspace.out)
         self._lock = threading.RLock()
@@ -142,6 +153,7 @@ class JobManager:
                 raise BadName(f"{run.relative} is not a folder")
             if _has_weights(run) and not config.overwrite:
                 raise JobBusy(f"{run.relative} holds a trained model: resume it, delete it, or set overwrite")
+            require_elsewhere(resolved, run)
             require_space(self._workspace.out, disk_space.needed(resolved))
             if _has_weights(run):
                 move_to_trash(run)
@@ -178,7 +190,8 @@ class JobManager:
         with self._lock:
             self._require_idle(job.run)
             config = TrainConfig.parse(read_object(job.run.config))
-            reached = read_object(job.run.result).get("iter_num") or 0
+            manifest = job.run.manifest(job.run.checkpoint)
+            reached = read_object(job.run.result).get("iter_num") or read_object(manifest).get("iter_num") or 0
             last = config.max_iters if max_iters is None else max_iters
             if last is not None and last <= reached:
                 raise ConfigError(f"max_iters is {last}; {job.name} has {reached} iterations behind it: give more")
@@ -202,9 +215,20 @@ class JobManager:
     def _require_idle(self, run: Run) -> None:
         status = self._active.get(run.name)
         if status is not None:
-            raise JobBusy(f"{run.relative} has a job that is {status.state}; stop it first")
+            what = "is stopping; try again in a moment" if status.stopping else f"is {status.state}; stop it first"
+            raise JobBusy(f"{run.relative} has a job that {what}")
         if trainer_of(run) is not None:
             raise JobBusy(f"{run.relative} is being trained by a process that this server did not start")
+
+    def require_dataset_unused(self, name: str) -> None:
+        """Raise JobBusy while a running or waiting job trains on the dataset."""
+        wanted = datasets.ALIASES.get(name, name)
+        with self._lock:
+            active = list(self._active)
+        for job in active:
+            used = str(read_object(self._workspace.run(job).config).get("dataset"))
+            if datasets.ALIASES.get(used, used) == wanted:
+                raise JobBusy(f"the dataset {wanted} is in use by the job {job}; stop it first")
 
     def _check(self, config: TrainConfig) -> None:
         """Refuse, before anything is written, what the trainer would refuse after a while."""
@@ -212,12 +236,9 @@ class JobManager:
         name = config.tokenizer or "auto"
         if config.init_from not in ("scratch", "resume"):
             start = reference(config, self._workspace)
-            if start.kind == "pretrained" and os.environ.get("HF_HUB_OFFLINE", "0").lower() in (
-                "1",
-                "true",
-                "yes",
-                "on",
-            ):
+            self._allow(start)
+            offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+            if start.kind == "pretrained" and offline:
                 hub.fetch(start.id, self._workspace)  # finds it here, or refuses
             beside = None if start.path is None else (start.path if start.path.is_dir() else start.path.parent)
             if beside is not None and (beside / "tokenizer.json").exists():

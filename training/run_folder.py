@@ -11,6 +11,7 @@ from storage.files import read_json, write_json
 from storage.runs import Run
 from training.config import ConfigError, TrainConfig
 from training.process import TRAINER, identify
+from training.starting_point import require_elsewhere
 from training.trash import move_to_trash
 
 
@@ -36,6 +37,7 @@ def _make_way(run: Run, config: TrainConfig) -> None:
     if not config.overwrite:
         instead = "resume it (init_from resume), choose another output_dir, or set overwrite"
         raise ConfigError(f"{run.relative} holds a trained model; {instead}")
+    require_elsewhere(config, run)
     with _locked(run.folder, run.relative):
         move_to_trash(run)
 

@@ -2,7 +2,7 @@
 
 from storage import registry
 from storage.datasets import Splits
-from storage.runs import Workspace
+from storage.runs import Run, Workspace
 from training.config import ConfigError, TrainConfig
 from training.disk_space import parameters
 from training.hardware import available_memory
@@ -22,14 +22,24 @@ def reference(config: TrainConfig, workspace: Workspace) -> registry.ModelRefere
     return registry.resolve(workspace, model_path=f"out/{run}/best.pt" if file == "best" else name)
 
 
+def require_elsewhere(config: TrainConfig, run: Run) -> None:
+    """Raise ConfigError for a run that would replace the very run whose weights it starts from."""
+    first = str(config.init_from).removeprefix("out/").split("/")[0]
+    if first == run.name and first not in (*registry.PRETRAINED, registry.BUNDLED):
+        raise ConfigError(f"{run.relative} is what this training starts from; choose another output_dir, or resume it")
+
+
+def window_of(config: TrainConfig, context: int) -> int:
+    """Return the tokens per window: as configured, and never more than the model's context."""
+    return context if config.window is None else min(config.window, context)
+
+
 def check_fit(config: TrainConfig, splits: Splits, vocab_size: int, context: int, world: int) -> None:
     """Raise ConfigError, before the first iteration, for what would fail in it; `world` processes share a batch."""
-    window = config.window or context
+    window = window_of(config, context)
     if splits.tokenizer.n_vocab > vocab_size:
         n, name = splits.tokenizer.n_vocab, splits.tokenizer.name
         raise ConfigError(f"the tokenizer {name} has {n} tokens, more than the model's vocabulary of {vocab_size}")
-    if window > context:
-        raise ConfigError(f"window is {window}; it must be at most the model's context of {context}")
     for name, tokens in (("train", splits.train), ("val", splits.val)):
         if len(tokens) <= window:
             least = f"a window of {window} needs {window + 1}; lower block_size or window, or add text"

@@ -14,10 +14,14 @@ from flask_openapi3.models.tag import Tag
 from storage import datasets as stored
 from storage import uploads
 from storage.errors import Unreachable
-from storage.registry import resolve
+from storage.registry import pretrained_names, resolve
 from training import metrics as training_metrics
 from training import plot
 from training.config import TrainConfig
+from training.config import resolve as resolve_config
+from training.dry_run_process import DryRunFailed, try_out
+from training.jobs import JobBusy
+from training.starting_point import reference as starting_point
 from web import sse
 from web.client import Client
 from web.context import Context, context
@@ -38,6 +42,7 @@ from web.schemas import (
     PlotQuery,
     ResumeBody,
     Rows,
+    TrainBody,
     Training,
     UploadForm,
 )
@@ -54,11 +59,34 @@ def _allow_large_uploads() -> None:
         request.max_content_length = context().settings.max_upload_bytes + MULTIPART_BYTES
 
 
-@routes.post("/api/train", responses={200: Training, 404: Error, 409: Error, 422: Error})
-def train(body: TrainConfig) -> dict[str, Any]:
-    """Start a training job, or queue it behind another."""
+def _dry_run(ctx: Context, asked: TrainConfig) -> dict[str, Any]:
+    """Return what a training would be, found out by a process of its own; no run is left behind."""
+    config = resolve_config(asked, pretrained_names(ctx.workspace))
+    stored.dataset(ctx.workspace, config.dataset)
+    if config.init_from not in ("scratch", "resume"):
+        check_allowed(ctx.settings, starting_point(config, ctx.workspace))
+    if not ctx.trying.acquire(blocking=False):
+        raise JobBusy("another dry run is going on; try again in a moment")
     try:
-        job = context().jobs.create(body).describe()
+        found = try_out(ctx.workspace, config)
+    except DryRunFailed as error:
+        raise Refused(422, str(error)) from None
+    finally:
+        ctx.trying.release()
+    running = ctx.jobs.counts().get("running", 0)
+    if running:
+        found["warnings"].append(f"{running} jobs run on this machine now: alone it is faster")
+    message = "Dry run: nothing was started"
+    return {"message": message, "config": config.given(), "config_path": None, "process_id": None, "dry_run": found}
+
+
+@routes.post("/api/train", responses={200: Training, 404: Error, 409: Error, 422: Error})
+def train(body: TrainBody) -> dict[str, Any]:
+    """Start a training job, or queue it behind another; or with `dry_run` say what it would be."""
+    if body.dry_run:
+        return _dry_run(context(), body.config())
+    try:
+        job = context().jobs.create(body.config()).describe()
     except Unreachable as error:  # the server is well; it is this job that cannot be
         raise Refused(422, str(error)) from None
     started = job["process_id"] is not None
@@ -79,8 +107,9 @@ def jobs() -> dict[str, Any]:
 
 @routes.get("/api/jobs/<name>", responses={200: Job, 404: Error})
 def job(path: NamePath) -> dict[str, Any]:
-    """Tell the state of a job."""
-    return context().jobs.get(path.name).describe()
+    """Tell the state of a job, with its latest text sample."""
+    found = context().jobs.get(path.name)
+    return found.describe() | {"sample": found.sample()}
 
 
 @routes.delete("/api/jobs/<name>", responses={200: Job, 404: Error, 409: Error})
@@ -137,7 +166,7 @@ def _follow(ctx: Context, name: str, client: Client) -> Iterator[dict[str, Any] 
         client.check()
         yield None if text is None else {"text": text}
         if ctx.closing.is_set():
-            break
+            raise Refused(503, "the server is stopping; the job goes on")
     yield {"job": ctx.jobs.get(name).describe()}
 
 
@@ -180,9 +209,14 @@ def upload_dataset(form: UploadForm) -> dict[str, Any]:
 
 @routes.delete("/api/datasets/<name>", responses={200: Message, 404: Error, 409: Error})
 def delete_dataset(path: NamePath) -> dict[str, Any]:
-    """Delete a dataset."""
-    uploads.delete(context().workspace, path.name)
-    return {"message": f"Dataset {path.name} deleted"}
+    """Delete a dataset; of one that this project can prepare again, what its prepare.py made."""
+    ctx = context()
+    ctx.jobs.require_dataset_unused(path.name)
+    uploads.delete(ctx.workspace, path.name)
+    name = stored.ALIASES.get(path.name, path.name)
+    again = (ctx.workspace.data / name / "prepare.py").exists()
+    what = "text and tokens deleted; its prepare.py can fetch them again" if again else "deleted"
+    return {"message": f"Dataset {name}: {what}"}
 
 
 @routes.post("/api/export", responses={200: Message, 404: Error, 409: Error, 422: Error, 503: Error})

@@ -12,6 +12,7 @@ from flask_openapi3.models.file import FileStorage
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 
 from inference.sequence import SamplingParams
+from training.config import TrainConfig
 from training.strict_model import StrictModel, shown
 
 MAX_SAMPLES = 16
@@ -132,10 +133,22 @@ class ResumeBody(StrictModel):
     max_iters: int | None = Field(None, ge=1, le=1_000_000_000, description="a new last iteration")
 
 
+class TrainBody(TrainConfig):
+    """A training run, or only a trial of it."""
+
+    dry_run: bool = Field(
+        False, description="start nothing; try three iterations and answer with tokens, epochs, time, memory, warnings"
+    )
+
+    def config(self) -> TrainConfig:
+        """Return the training run alone."""
+        return TrainConfig.parse(self.model_dump(exclude={"dry_run"}, exclude_none=True))
+
+
 class ExportBody(StrictModel):
     """What to export."""
 
-    model: str = Field(max_length=300, description="a run, a checkpoint or a pretrained name")
+    model: str = Field(max_length=300, description="a run, or a checkpoint: my_run, out/my_run/best.pt")
     format: str = Field("hf", description='only "hf": a Hugging Face folder')
 
     @field_validator("format")
@@ -250,7 +263,7 @@ class Training(Reply):
 
     message: str
     config: dict[str, Any]
-    config_path: str
+    config_path: str | None
     process_id: int | None
 
 
