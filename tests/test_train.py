@@ -311,7 +311,7 @@ def test_what_cannot_work_is_refused_in_one_sentence_with_exit_code_2(place, cap
     assert sentence in said and "\n" not in said and not place.run("a").checkpoint.exists()
     if place.run("a").result.exists():
         assert place.result("a") | {"finished": 0} == {
-            "state": "failed", "iter_num": 0, "best_val_loss": None, "exit_code": 2, "finished": 0,
+            "state": "failed", "iter_num": 0, "best_val_loss": None, "note": None, "exit_code": 2, "finished": 0,
             "error": said.removeprefix("train.py: "),
         }  # fmt: skip
 

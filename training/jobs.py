@@ -30,7 +30,7 @@ from training.trash import move_to_trash
 
 __all__ = ["ConfigError", "Job", "JobBusy", "JobManager"]
 
-GRACE = 10.0  # seconds between SIGTERM and SIGKILL
+GRACE = 30.0  # seconds between SIGTERM and SIGKILL: an iteration and a checkpoint, also on a busy machine
 ROUND = 5.0  # seconds between looks at the logs of running jobs
 log = logging.getLogger(__name__)
 
