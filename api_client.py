@@ -24,7 +24,7 @@ from client.api import DEFAULT_URL, ApiClient, ApiError, Reply
 from client.compare import compare, save_picture
 from client.follow import INTERRUPTED, follow, standing
 from client.options import SAMPLING, TRAINING, check_name, check_names, given, options, parse_settings, read_prompt
-from client.view import advise, note, print_reply, raw, say
+from client.view import advise, note, print_dry_run, print_reply, raw, say
 
 # ---- how the commands are made
 
@@ -172,7 +172,8 @@ def generate(client: ApiClient, prompt: str, max_tokens: int | None, no_stream: 
 @options(TRAINING)
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other setting; the value as JSON.")
 @click.option("--follow", "live", is_flag=True, help="Watch the job until it ends.")
-def train(client: ApiClient, settings: tuple[str, ...], live: bool, **config: Any) -> None:
+@click.option("--dry_run", is_flag=True, help="Start nothing: try three iterations and say what it would be.")
+def train(client: ApiClient, settings: tuple[str, ...], live: bool, dry_run: bool, **config: Any) -> None:
     """Train a model in a job of the server.
 
     Once started, the job needs neither this terminal nor the server. What is left out comes from the preset or,
@@ -181,12 +182,11 @@ def train(client: ApiClient, settings: tuple[str, ...], live: bool, **config: An
     body, other = given(config), parse_settings(settings)
     if twice := sorted(body.keys() & other.keys()):
         raise click.UsageError(f"{twice[0]} is given twice: as an option and by --set")
+    if dry_run:
+        return print_dry_run(client.dry_run(body | other | {"dry_run": True}))
     reply = client.train(body | other)
     name = PurePosixPath(reply["config_path"]).parent.name
-    if raw():
-        print_reply(reply)
-    else:
-        say(f"{reply['message']}: job {name}, settings in {reply['config_path']}")
+    print_reply(reply) if raw() else say(f"{reply['message']}: job {name}, settings in {reply['config_path']}")
     if live:
         return follow(client, name)
     after = {"load": f"load --model_path out/{name}/ckpt.pt", "generate": 'generate --prompt "Once upon a time"'}

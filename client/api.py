@@ -202,6 +202,7 @@ class ApiClient:
     generate = partialmethod(call, "POST", "/api/generate", seconds=LONG_SECONDS)
     generate_stream = partialmethod(events, "POST", "/api/generate")
     train = partialmethod(call, "POST", "/api/train")
+    dry_run = partialmethod(call, "POST", "/api/train", seconds=LONG_SECONDS)
     jobs = partialmethod(call, "GET", "/api/jobs")
     job = partialmethod(on_job, "GET", "")
     log = partialmethod(on_job, "GET", "/log")

@@ -92,6 +92,17 @@ def print_reply(reply: Reply, list_key: str | None = None, columns: str = "") ->
         note(f"no {list_key.replace('_', ' ')} yet")
 
 
+def print_dry_run(reply: Reply) -> None:
+    """Print what a training would be, and each warning on a line of its own."""
+    if raw():
+        return print_reply(reply)
+    found = reply["dry_run"]
+    print_fields({key: value for key, value in found.items() if key != "warnings"})
+    for warning in found["warnings"]:
+        say(f"warning: {warning}")
+    note(reply["message"])
+
+
 def advise(client: ApiClient, **steps: str) -> None:
     """Print what to do next: a purpose and a command line to copy, with the address where it is needed."""
     address = "" if client.url in (DEFAULT_URL, os.environ.get("LM_SERVER_URL")) else f" --url {client.url}"

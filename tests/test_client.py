@@ -290,6 +290,18 @@ def test_every_training_option_is_a_field_of_the_configuration():
     assert set(TRAINING) <= set(TrainConfig.model_fields)
 
 
+def test_a_dry_run_prints_what_would_be_and_its_warnings(server):
+    found = {"train_tokens": 9, "epochs": 400.0, "warnings": ["400 epochs over 50kB: it will memorise"]}
+    server.answers["POST /api/train"] = {"message": "nothing was started", "dry_run": found}
+    done = run("train", "--dataset", "stdlib", "--output_dir", "out/mine", "--dry_run", "--follow")
+    assert done.exit_code == 0 and body_of(server)["dry_run"] is True
+    assert "warning: 400 epochs" in done.stdout and "epochs        400" in done.stdout
+    assert (
+        json.loads(run("--json", "train", "--dataset", "x", "--output_dir", "out/x", "--dry_run").stdout)["dry_run"]
+        == found
+    )
+
+
 @pytest.mark.parametrize("words", [("jobs",), ("jobs", "list")])
 def test_jobs_are_listed(server, words):
     heading, line = run(*words).stdout.splitlines()

@@ -35,7 +35,7 @@ def environment(of: Mapping[str, str], downloads: bool) -> dict[str, str]:
     return {"PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "passive"} | kept
 
 
-def _yield_to_the_server(pid: int) -> None:
+def yield_to_the_server(pid: int) -> None:
     """Lower the priority of a process; where the system forbids it, it runs as it is."""
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, pid, NICE)
@@ -70,7 +70,7 @@ class LocalBackend:
                 stderr=log,
                 start_new_session=True,
             )
-        _yield_to_the_server(child.pid)
+        yield_to_the_server(child.pid)
         identity = identify(child.pid)
         if identity is None:  # it has ended already, and still waits for us: its number cannot be anyone else's
             identity = ProcessIdentity(child.pid, 0, "")

@@ -58,6 +58,7 @@ class Context:
     loader: ModelLoader
     metrics: Metrics
     streams: StreamLimit
+    trying: threading.Lock = field(default_factory=threading.Lock)  # held by the one dry run at a time
     closing: threading.Event = field(default_factory=threading.Event)  # the server is stopping
 
 

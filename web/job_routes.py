@@ -62,6 +62,7 @@ def _allow_large_uploads() -> None:
 def _dry_run(ctx: Context, asked: TrainConfig) -> dict[str, Any]:
     """Return what a training would be, found out by a process of its own; no run is left behind."""
     config = resolve_config(asked, pretrained_names(ctx.workspace))
+    ctx.workspace.run_from_output_dir(config.output_dir)  # refuses what is none
     stored.dataset(ctx.workspace, config.dataset)
     if config.init_from not in ("scratch", "resume"):
         check_allowed(ctx.settings, starting_point(config, ctx.workspace))
