@@ -118,7 +118,15 @@ def run_sanitized(arguments: list[str]) -> int:
         "LD_PRELOAD": runtime,  # Python itself is not built with it
         "ASAN_OPTIONS": "detect_leaks=0",  # Python keeps much until its end
     }
-    command = [sys.executable, "-m", "pytest", "tests/test_native_runner.py", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-s",
+        "--timeout=900",
+        "tests/test_native_runner.py",
+        *arguments,
+    ]  # -s: its words
     return subprocess.run(command, cwd=HERE.parent.parent, env=environment).returncode
 
 

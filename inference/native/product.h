@@ -15,7 +15,7 @@ enum Kind : long { F32, BF16, INT8 };  // of the weights
 enum Then { STORE, ADD, GELU, GELU_NEW };  // what happens to a product: written, added to what is there, or through gelu
 
 constexpr long PANEL = 32, MOST = 12;  // 12 lines x 2 vectors are 24 of 32 registers: 14 loads for 24 products
-constexpr long AHEAD = 8192;  // bytes that the stream of weights is fetched ahead
+constexpr long AHEAD = 8192;  // bytes that the stream of weights is fetched ahead; with several tiles, the next panel
 
 // Does the processor multiply this kind as it is stored? Otherwise weights are widened and multiplied as floats.
 #ifdef __AVX512BF16__
@@ -93,8 +93,9 @@ inline void quantise(const Input &in, long i, const float *x, int32_t *to, long 
     __m512i sum = _mm512_setzero_si512();
     for (long k = 0; k < in.width; k += 16) {
         const Vec v = load(x + k);
+        const __mmask16 near = _mm512_cmp_ps_mask(_mm512_abs_ps(v), all(bound), _CMP_LE_OQ);  // none if bound is NaN
         const __mmask16 out = _mm512_cmp_ps_mask(_mm512_abs_ps(v), all(bound), _CMP_GT_OQ);
-        const __m512i q = _mm512_maskz_cvtps_epi32(~out, _mm512_mul_ps(v, all(inverse)));
+        const __m512i q = _mm512_maskz_cvtps_epi32(near, _mm512_mul_ps(v, all(inverse)));
         sum = _mm512_add_epi32(sum, q);
         alignas(16) int32_t quads[4];
         _mm_store_si128((__m128i *)quads, _mm512_cvtepi32_epi8(q));
@@ -151,8 +152,9 @@ inline Ints add_product(Ints sum, __m512i w, __m512i x) { return (Ints)_mm512_dp
 #endif
 template <int KIND> using Sum = std::conditional_t<KIND == INT8 && INT8_QUADS, Ints, Vec>;
 
-// result[r] = a panel's 32 rows times line r, for the R lines of a tile
-template <int KIND, int R> void multiply(const char *w, long steps, const int32_t *a, Sum<KIND> (*result)[2]) {
+// result[r] = a panel's 32 rows times line r, for the R lines of a tile; fetches `stride` bytes a step from `ahead` on
+template <int KIND, int R>
+void multiply(const char *w, long steps, const int32_t *a, const char *ahead, long stride, Sum<KIND> (*result)[2]) {
     Sum<KIND> sum[R][2];  // its own, so that it stays in registers
     for (auto &s : sum) s[0] = s[1] = Sum<KIND>{};
     const auto add = [&](auto low, auto high) {
@@ -164,9 +166,9 @@ template <int KIND, int R> void multiply(const char *w, long steps, const int32_
         }
         a += R;
     };
-    for (long i = 0; i < steps; i++, w += 128) {
-        _mm_prefetch(w + AHEAD, _MM_HINT_T0);
-        _mm_prefetch(w + AHEAD + 64, _MM_HINT_T0);
+    for (long i = 0; i < steps; i++, w += 128, ahead += stride) {
+        _mm_prefetch(ahead, _MM_HINT_T0);
+        _mm_prefetch(ahead + 64, _MM_HINT_T0);
         const __m512i low = _mm512_load_si512(w), high = _mm512_load_si512(w + 64);
         if constexpr (narrow(KIND)) add(low, high);
         else
@@ -196,11 +198,13 @@ template <int KIND> void product(const Matrix &m, const Input &in, long panel, f
     static constexpr decltype(&multiply<KIND, 1>) tiles[MOST] = {
         multiply<KIND, 1>, multiply<KIND, 2>, multiply<KIND, 3>, multiply<KIND, 4>,  multiply<KIND, 5>,  multiply<KIND, 6>,
         multiply<KIND, 7>, multiply<KIND, 8>, multiply<KIND, 9>, multiply<KIND, 10>, multiply<KIND, 11>, multiply<KIND, 12>};
-    const char *w = m.panel<KIND>(panel);
+    const char *w = m.panel<KIND>(panel), *next = m.panel<KIND>(panel + 1);
+    const long steps = m.width / group(KIND), n = in.tiles();
     Sum<KIND> sum[MOST][2];
-    for (long t = 0; t < in.tiles(); t++) {
+    for (long t = 0; t < n; t++) {
         const long first = in.first(t), end = in.first(t + 1);
-        tiles[end - first - 1](w, m.width / group(KIND), in.line<KIND>(first), sum);
+        const char *ahead = n == 1 ? w + AHEAD : next + t * (next - w) / n;
+        tiles[end - first - 1](w, steps, in.line<KIND>(first), ahead, 128 / n, sum);
         for (long i = first; i < end; i++) {
             Vec v[2];
             interpret(w, in, i, sum[i - first], v);

@@ -52,18 +52,23 @@ struct InputRoom {
     }
 };
 
-// Rows of a step and how they fall into groups of neighbours, which attention takes together.
+// Rows of a step, and the pieces of their attention: one head of up to four neighbouring rows of a sequence. A sequence's
+// heads follow each other as they do in memory (decode reads one stream), and within a head its rows (prefill reads it
+// again from the cache).
 struct Rows {
-    struct Group { long first, count; };
+    struct Piece { long head, first, count; };
     std::vector<long> slot, position;
-    std::vector<Group> groups;
-    void add(long s, long p) {
-        const long i = slot.size();
-        if (!groups.empty() && groups.back().count < NEIGHBOURS && slot.back() == s && position.back() + 1 == p) groups.back().count++;
-        else groups.push_back({i, 1});
-        slot.push_back(s), position.push_back(p);
-    }
+    std::vector<Piece> pieces;
     long count() const { return slot.size(); }
+    void add(long s, long p) { slot.push_back(s), position.push_back(p); }
+    void clear() { slot.clear(), position.clear(), pieces.clear(); }
+    void cut(long heads) {
+        for (long start = 0, end; start < count(); start = end) {
+            for (end = start + 1; end < count() && slot[end] == slot[start] && position[end] == position[end - 1] + 1;) end++;
+            for (long head = 0; head < heads; head++)
+                for (long i = start; i < end; i += NEIGHBOURS) pieces.push_back({head, i, std::min(NEIGHBOURS, end - i)});
+        }
+    }
 };
 
 struct Own {  // of one thread
@@ -132,14 +137,14 @@ struct Step {
             }
     }
 
-    // One head of one group of neighbours: queries in y become what they attend to.
-    template <class E> void attend_group(Member &me, long layer, const Rows &rows, long item) {
-        const long groups = rows.groups.size(), stride = up_to(3 * m.width, PANEL);
-        const auto [first, count] = rows.groups[item % groups];
-        const auto head = head_of<E>(layer, rows.slot[first], item / groups);
+    // One piece of attention: queries in y become what they attend to.
+    template <class E> void attend_piece(Member &me, long layer, const Rows &rows, const Rows::Piece &piece) {
+        const long stride = up_to(3 * m.width, PANEL);
+        const auto head = head_of<E>(layer, rows.slot[piece.first], piece.head);
         static constexpr decltype(&attend<E, 1>) sizes[] = {attend<E, 1>, attend<E, 2>, attend<E, 3>, attend<E, 4>};
         static_assert(NEIGHBOURS == 4);
-        sizes[count - 1](head, y + first * stride + item / groups * size, stride, rows.position[first], own[me.id]->scores, span);
+        float *queries = y + piece.first * stride + piece.head * size;
+        sizes[piece.count - 1](head, queries, stride, rows.position[piece.first], own[me.id]->scores, span);
     }
 
     // Keep only the wanted rows of x and of the queries, moved to the front; `want` rises, so nothing is overwritten.
@@ -176,7 +181,7 @@ struct Step {
                 if (rows->count() == 0) return;
                 if (rows->count() < all_rows.count()) narrow_to_wanted(me);
             }
-            me.each(m.heads * rows->groups.size(), [&](long item) { attend_group<E>(me, l, *rows, item); });
+            me.each(rows->pieces.size(), [&](long i) { attend_piece<E>(me, l, *rows, rows->pieces[i]); });
             in = prepare<KIND>(me, rows->count(), C, [&](long i, float *) { return y + i * stride; });
             multiply(L.out, in, x, wide, ADD);
             in = prepare<KIND>(me, rows->count(), C, normed(L.norm2, L.norm2_bias));
@@ -240,12 +245,13 @@ long step_rows(Step *step, long count, const long *token, const long *slot, cons
         if (!within(want[i], count) || (i && want[i] <= want[i - 1])) return count;
     for (long start = 0, done = 0; start < count; start += ROWS) {
         const long end = std::min(start + ROWS, count);
-        step->all_rows = step->wanted_rows = {}, step->want.clear();
+        step->all_rows.clear(), step->wanted_rows.clear(), step->want.clear();
         for (long i = start; i < end; i++) step->all_rows.add(slot[i], position[i]);
         for (long i = done; i < wanted && want[i] < end; i++) {
             step->want.push_back(want[i] - start);
             step->wanted_rows.add(slot[want[i]], position[want[i]]);
         }
+        step->all_rows.cut(m.heads), step->wanted_rows.cut(m.heads);
         step->token = token + start, step->logits = logits + done * m.head.rows, step->best = best + done;
         step->team.run();
         done += step->want.size();
