@@ -24,6 +24,7 @@ from model import GPT, GPTConfig
 from storage.token_files import Splits
 from train import Machine, Team, Trainer
 from training.config import TrainConfig, resolve
+from training.stop_signal import StopSignal
 
 SHAPES: dict[str, dict[str, Any]] = {
     "nano": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "vocab_size": 65, "bias": False},
@@ -50,7 +51,7 @@ def ours(job: str, threads: int, **given: Any) -> Callable[[], float]:
     )
     data = tokens(SHAPES[job]["vocab_size"])
     splits = Splits(data, data, 1.0, RandomTokenizer(SHAPES[job]["vocab_size"]))  # type: ignore[arg-type]
-    trainer = Trainer(config, Machine.of(config), Team(), GPT(GPTConfig(**SHAPES[job])).train(), splits)
+    trainer = Trainer(config, Machine.of(config), Team(), GPT(GPTConfig(**SHAPES[job])).train(), splits, StopSignal())
     return partial(speed, trainer.update, batch * window, STEPS[job])
 
 
