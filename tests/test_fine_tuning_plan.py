@@ -8,6 +8,7 @@ from storage.runs import Workspace
 from training import fine_tuning
 from training.config import ConfigError
 from training.fine_tuning_plan import Sizes, base, plan, sizes
+from training.presets import PRESETS
 
 AUTO = dict.fromkeys(fine_tuning.HYPERPARAMETERS, "auto")
 NANO = {"model_type": "nano", "init_from": "scratch", "dataset": "text", "output_dir": "out/x"}
@@ -38,7 +39,7 @@ def test_a_dataset_without_text_yet_is_taken_for_a_large_one(workspace):
 
 def test_auto_from_scratch_is_the_preset(workspace):
     config, used = planned(workspace)
-    assert (config.max_iters, config.learning_rate, config.window) == (2000, 5e-3, None)
+    assert (config.max_iters, config.learning_rate, config.window) == (2000, PRESETS["nano"]["learning_rate"], None)
     assert used["batch_size"] == 32 and used["learning_rate_multiplier"] == 1
 
 

@@ -9,6 +9,7 @@ from fakes import FakeServer, byte_tokenizer
 from storage.files import write_json
 from storage.inspection import Inspection
 from training import fine_tuning_plan, metrics
+from training.presets import PRESETS
 
 JOBS = "/v1/fine_tuning/jobs"
 LINES = b"".join(
@@ -97,7 +98,7 @@ def test_a_second_job_waits(server, file_id):
         ({"hyperparameters": {"batch_size": 3}}, "batch_size", 3),
         ({"hyperparameters": {}, "method": {"type": "supervised"}}, "batch_size", 32),
         ({"hyperparameters": {"batch_size": "auto"}, "batch_size": 5}, "batch_size", 5),
-        ({"hyperparameters": {"learning_rate_multiplier": 2}}, "learning_rate", 0.01),
+        ({"hyperparameters": {"learning_rate_multiplier": 2}}, "learning_rate", 2 * PRESETS["nano"]["learning_rate"]),
         ({"learning_rate": 0.002}, "learning_rate", 0.002),
         ({"max_iters": 7, "hyperparameters": {"n_epochs": 3}}, "max_iters", 7),
         ({"n_layer": 2}, "n_layer", 2),
