@@ -50,7 +50,8 @@ def ours(job: str, threads: int, **given: Any) -> Callable[[], float]:
         )
     )
     data = tokens(SHAPES[job]["vocab_size"])
-    splits = Splits(data, data, 1.0, RandomTokenizer(SHAPES[job]["vocab_size"]))  # type: ignore[arg-type]
+    tokenizer: Any = RandomTokenizer(SHAPES[job]["vocab_size"])
+    splits = Splits(train=data, val=data, bytes_per_token=1.0, tokenizer=tokenizer, name="random")
     trainer = Trainer(config, Machine.of(config), Team(), GPT(GPTConfig(**SHAPES[job])).train(), splits, StopSignal())
     return partial(speed, trainer.update, batch * window, STEPS[job])
 
