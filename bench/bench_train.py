@@ -31,7 +31,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50257, "bias": True},
 }
 BATCH = {"nano": (32, 64), "gpt2": (4, 256)}  # windows, tokens of each
-STEPS = {"nano": 60, "gpt2": 3}  # iterations of one sample
+STEPS = {"nano": 60, "gpt2": 1}  # iterations of one sample
 
 
 def tokens(vocab_size: int) -> np.ndarray:
