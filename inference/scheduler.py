@@ -134,13 +134,16 @@ class Scheduler:
             return None
         step = Step()
         prefill: list[tuple[Sequence, int]] = []
+        decode: list[tuple[int, Sequence]] = []
         for sequence in self.running:
             if sequence.slot is None:
                 raise AssertionError(f"{sequence.id} runs without a slot")
             if sequence.in_prefill:
                 prefill.append((sequence, sequence.slot))
             else:
-                step.add(sequence, sequence.slot, 1)
+                decode.append((sequence.slot, sequence))
+        for slot, sequence in sorted(decode, key=lambda pair: pair[0]):  # runners like neighbouring slots
+            step.add(sequence, slot, 1)
         left = self.budget.tokens(decoding=bool(step.shares))
         for sequence, slot in prefill:
             count = min(left, len(sequence.prompt_ids) - sequence.computed)

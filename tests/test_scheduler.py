@@ -64,6 +64,18 @@ def test_decoding_sequences_take_part_in_every_step_beside_a_prompt_in_pieces() 
     assert shapes == [(1, 5, 1), (1, 5, 1), (1, 3, 2)]
 
 
+def test_decoding_sequences_come_in_the_order_of_their_slots() -> None:
+    scheduler = Scheduler(slots=3, prefill_tokens=100)
+    a, b, c, d = (sequence(2, limit=50) for _ in range(4))
+    for s in (a, b, c):
+        scheduler.add(s)
+    compute(next_step(scheduler))
+    scheduler.remove(a)
+    scheduler.add(d)
+    compute(next_step(scheduler))
+    assert next_step(scheduler).slots == [0, 1, 2] and d.slot == 0
+
+
 def test_the_budget_of_a_step_is_shared_by_prompts_in_their_order() -> None:
     scheduler = Scheduler(slots=3, prefill_tokens=5)
     for size in (3, 4, 4):
