@@ -178,6 +178,7 @@ class NativeRunner:
         native.cache = cache.take((1,), torch.uint8).data_ptr()
         self.packed_bytes = packer.nbytes
         self._width = native.head.rows  # of a row of logits, with padding
+        self._logits = torch.empty(slots, self._width)  # used again by every step: fresh memory would cost its first touch
         self._lib = _load()
         step = self._lib.step_open(ctypes.byref(native))
         if step is None:
@@ -209,7 +210,9 @@ class NativeRunner:
         if not len(tokens) == len(slots) == len(positions):
             raise ValueError(f"{len(tokens)} tokens, {len(slots)} slots and {len(positions)} positions do not match")
         order = sorted(set(want))
-        logits, best = torch.empty(len(order), self._width), array("q", order)
+        few = len(order) <= self.slots
+        logits = self._logits[: len(order)] if few else torch.empty(len(order), self._width)
+        best = array("q", order)
         arrays = [array("q", part) for part in (tokens, slots, positions, order)]
         ids, at, to, wanted = (a.buffer_info()[0] for a in arrays)
         bad = self._lib.step_rows(

@@ -15,7 +15,7 @@ enum Kind : long { F32, BF16, INT8 };  // of the weights
 enum Then { STORE, ADD, GELU, GELU_NEW };  // what happens to a product: written, added to what is there, or through gelu
 
 constexpr long PANEL = 32, MOST = 12;  // 12 lines x 2 vectors are 24 of 32 registers: 14 loads for 24 products
-constexpr long AHEAD = 8192;  // bytes that the stream of weights is fetched ahead; with several tiles, the next panel
+constexpr long NEAR = 4096, FAR = 12288;  // bytes that the stream of weights is fetched ahead, see product()
 
 // Does the processor multiply this kind as it is stored? Otherwise weights are widened and multiplied as floats.
 #ifdef __AVX512BF16__
@@ -152,7 +152,8 @@ inline Ints add_product(Ints sum, __m512i w, __m512i x) { return (Ints)_mm512_dp
 #endif
 template <int KIND> using Sum = std::conditional_t<KIND == INT8 && INT8_QUADS, Ints, Vec>;
 
-// result[r] = a panel's 32 rows times line r, for the R lines of a tile; fetches `stride` bytes a step from `ahead` on
+// result[r] = a panel's 32 rows times line r, for the R lines of a tile. Fetches weights NEAR bytes ahead into the first
+// cache, and `stride` bytes a step from `ahead` on into the second.
 template <int KIND, int R>
 void multiply(const char *w, long steps, const int32_t *a, const char *ahead, long stride, Sum<KIND> (*result)[2]) {
     Sum<KIND> sum[R][2];  // its own, so that it stays in registers
@@ -167,8 +168,10 @@ void multiply(const char *w, long steps, const int32_t *a, const char *ahead, lo
         a += R;
     };
     for (long i = 0; i < steps; i++, w += 128, ahead += stride) {
-        _mm_prefetch(ahead, _MM_HINT_T0);
-        _mm_prefetch(ahead + 64, _MM_HINT_T0);
+        _mm_prefetch(w + NEAR, _MM_HINT_T0);
+        _mm_prefetch(w + NEAR + 64, _MM_HINT_T0);
+        _mm_prefetch(ahead, _MM_HINT_T1);
+        _mm_prefetch(ahead + 64, _MM_HINT_T1);
         const __m512i low = _mm512_load_si512(w), high = _mm512_load_si512(w + 64);
         if constexpr (narrow(KIND)) add(low, high);
         else
@@ -193,7 +196,9 @@ inline void interpret(const char *w, const Input &in, long i, const Ints (&sum)[
 }
 #endif
 
-// One panel's 32 outputs for every line of `in`: out[line][panel * 32 ...], `stride` floats from line to line
+// One panel's 32 outputs for every line of `in`: out[line][panel * 32 ...], `stride` floats from line to line.
+// Several tiles fetch the next panel between them, each its part, so that memory is never idle while they multiply
+// (13 % of a step of 16 rows); a single tile of many lines fetches far ahead (20 % at 8 rows), of few it need not.
 template <int KIND> void product(const Matrix &m, const Input &in, long panel, float *out, long stride, Then then) {
     static constexpr decltype(&multiply<KIND, 1>) tiles[MOST] = {
         multiply<KIND, 1>, multiply<KIND, 2>, multiply<KIND, 3>, multiply<KIND, 4>,  multiply<KIND, 5>,  multiply<KIND, 6>,
@@ -203,7 +208,7 @@ template <int KIND> void product(const Matrix &m, const Input &in, long panel, f
     Sum<KIND> sum[MOST][2];
     for (long t = 0; t < n; t++) {
         const long first = in.first(t), end = in.first(t + 1);
-        const char *ahead = n == 1 ? w + AHEAD : next + t * (next - w) / n;
+        const char *ahead = n > 1 ? next + t * (next - w) / n : w + (in.count > 4 ? FAR : NEAR);
         tiles[end - first - 1](w, steps, in.line<KIND>(first), ahead, 128 / n, sum);
         for (long i = first; i < end; i++) {
             Vec v[2];
