@@ -21,21 +21,16 @@ import torch
 from inference import sequence as seq
 from inference.admission import Admission
 from inference.backend import ServedModel
-from inference.build import RunnerOptions, build_runner, fingerprint, finite
+from inference.build import RunnerOptions, build_runner
 from inference.lane import Lane
+from inference.loading import ModelSource
 from inference.sequence import Generation, SamplingParams
 from storage.checkpoints import load_model
-from storage.errors import NotLoadable
 
 if TYPE_CHECKING:
-    from inference.runner import ModelRunner
-    from model import GPT
-    from storage.checkpoints import Loaded
+    from inference.loading import Builder, Loader
     from storage.registry import ModelReference
     from storage.runs import Workspace
-
-    Loader = Callable[[ModelReference, Workspace], Loaded]
-    Builder = Callable[[GPT, RunnerOptions], tuple[ModelRunner, str]]
 
 logger = logging.getLogger(__name__)
 
@@ -88,8 +83,8 @@ class Engine:
         loader: "Loader" = load_model,
         build: "Builder" = build_runner,
     ):
-        self._workspace, self._loader, self._build = workspace, loader, build
         self._options = RunnerOptions(device, dtype, slots, threads)
+        self._models = ModelSource(workspace, self._options, loader, build)
         self._prefill_tokens, self._request_timeout = prefill_tokens, request_timeout
         self._admission = Admission(max_waiting, max_waiting_tokens)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -162,11 +157,12 @@ class Engine:
         if not self._loading.acquire(blocking=False):
             raise seq.LoadInProgress("Another model is being loaded; try again when it is done.")
         try:
-            lane = self._prepare(reference)
+            served, runner = self._models.load(reference)
+            lane = Lane(served, runner, self._admission, self._prefill_tokens)
             if not self._tell(partial(self._swap, lane)):
                 lane.close()
                 raise seq.EngineDown(SHUTTING_DOWN)
-            return lane.served
+            return served
         finally:
             self._loading.release()
 
@@ -213,41 +209,6 @@ class Engine:
         self._thread.join(timeout=5.0)
         if self._thread.is_alive():
             logger.error("the engine's thread did not stop; it may be stuck in a step")
-
-    # --- loading, in the thread of the caller of load() ---
-
-    def _prepare(self, reference: "ModelReference") -> Lane:
-        """Read a model, build its runner and try it. Raises what the loader raises, and NotLoadable."""
-        started = time.monotonic()
-        loaded = self._loader(reference, self._workspace)
-        model, tokenizer = loaded.model, loaded.tokenizer
-        if not finite(model):
-            raise NotLoadable(f"{reference.label} holds weights that are no finite numbers.")
-        parameters, weights = model.num_params(), fingerprint(model)
-        runner, reason = self._build(model, self._options)
-        del model, loaded
-        served = ServedModel(
-            id=reference.id,
-            reference=reference,
-            tokenizer=tokenizer,
-            block_size=runner.block_size,
-            vocab_size=runner.vocab_size,
-            parameters=parameters,
-            runner=runner.name,
-            runner_reason=reason,
-            device=runner.device,
-            dtype=runner.dtype,
-            fingerprint=f"fp_{weights}_{tokenizer.fingerprint[:6]}_{runner.name}_{runner.dtype}",
-            loaded_at=time.time(),
-            load_seconds=time.monotonic() - started,
-        )
-        try:
-            runner.rows([0], [0], [0], [0])  # what cannot compute one row must not replace what can
-        except BaseException:
-            runner.close()
-            raise
-        logger.info("loaded %s (%s, %s, %s)", served.id, served.runner, served.device, served.dtype)
-        return Lane(served, runner, self._admission, self._prefill_tokens)
 
     def _tell(self, message: Callable[[], bool]) -> bool:
         """Have the engine's thread run `message` and return its answer; False when it runs no more."""
