@@ -178,7 +178,7 @@ class NativeRunner:
         native.cache = cache.take((1,), torch.uint8).data_ptr()
         self.packed_bytes = packer.nbytes
         self._width = native.head.rows  # of a row of logits, with padding
-        self._logits = torch.empty(slots, self._width)  # used again by every step: fresh memory would cost its first touch
+        self._logits = torch.empty(slots, self._width)  # kept: fresh memory would cost its first touch
         self._lib = _load()
         step = self._lib.step_open(ctypes.byref(native))
         if step is None:
