@@ -13,10 +13,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from learning.machine import Machine
+from learning.team import Team
 from storage.datasets import dataset
 from storage.registry import pretrained_names
 from storage.runs import Run, Workspace
-from train import Machine, Team, Trainer, start
+from train import Trainer, start
 from training.command_line import parse
 from training.config import ConfigError, TrainConfig, resolve
 from training.outcome import explain

@@ -7,15 +7,15 @@
 
 Everything goes into out/<name>/: ckpt.pt, best.pt, tokenizer.json, metrics.jsonl, samples.jsonl and, last,
 result.json. A checkpoint holds all that decides the next iteration, so that a resumed run repeats the losses
-and weights of one that was never stopped, on a CPU to the last bit. What needs no tensors is in training/.
+and weights of one that was never stopped, on a CPU to the last bit. What needs no tensors is in training/; the parts
+that do (devices, processes, optimizers) are in learning/.
 """
 
 import contextlib
 import math
-import os
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from learning.machine import Machine
+from learning.optimizers import optimizers
+from learning.team import Team
 from model import GPT, GPTConfig
 from storage import checkpoints, tokenizer
 from storage.datasets import Splits, dataset
@@ -35,7 +38,6 @@ from storage.tokenizer_choice import tokenizer_for
 from training.best import BestLoss
 from training.command_line import parse
 from training.config import ConfigError, TrainConfig, resolve
-from training.hardware import choose_device, choose_dtype, process_memory
 from training.outcome import Diverged, Outcome
 from training.progress import PreparationLine
 from training.report import Report, losses
@@ -46,55 +48,7 @@ from training.starting_point import check_fit, reference, require_memory, shorte
 from training.stop_signal import StopSignal
 from training.windows import Tokens, WindowOrder, gather
 
-DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAMPLE_TEMPERATURE, SAMPLE_TOP_K, PROMPT_TOKENS = 0.8, 40, 16
-
-
-class Team:
-    """The processes that train together: one, or those that torchrun started. Each takes its share of a batch."""
-
-    def __init__(self) -> None:
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if self.world > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-
-    def sum(self, value: float) -> float:
-        """Return the sum of a number over all processes, in float64."""
-        total = torch.tensor(value, dtype=torch.float64)
-        if self.world > 1:
-            dist.all_reduce(total)
-        return total.item()
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where the arithmetic happens, and in which precision."""
-
-    device: torch.device
-    name: str  # the maker's
-    dtype: str
-
-    @classmethod
-    def of(cls, config: TrainConfig) -> "Machine":
-        """Return the machine that the config asks for. Raises ConfigError if it is not there."""
-        there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
-        device = torch.device(choose_device(config.device, there, int(os.environ.get("LOCAL_RANK", 0))))
-        bf16 = {"cuda": torch.cuda.is_bf16_supported, "cpu": torch.cpu._is_avx512_bf16_supported, "mps": bool}
-        dtype = choose_dtype(config.dtype, device.type, bf16[device.type]())
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
-        if device.type != "cuda":
-            return cls(device, device.type, dtype)
-        torch.cuda.set_device(device)
-        return cls(device, torch.cuda.get_device_name(device), dtype)
-
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Return the context of a forward pass."""
-        return torch.autocast(self.device.type, DTYPES[self.dtype], enabled=self.dtype != "fp32")
-
-    def memory_bytes(self) -> int:
-        """Return the most memory held so far: the device's on a GPU, the process's elsewhere."""
-        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else process_memory()
 
 
 def start(config: TrainConfig, workspace: Workspace, run: Run, first: bool) -> tuple[GPT, Tokenizer, dict[str, Any]]:
@@ -130,21 +84,6 @@ def start(config: TrainConfig, workspace: Workspace, run: Run, first: bool) -> t
     if weights is not None:
         model.load_state_dict(weights)
     return model, tokenizer.load(run.tokenizer), state
-
-
-def optimizers(config: TrainConfig, model: GPT) -> dict[str, torch.optim.Optimizer]:
-    """Return AdamW for all parameters, or Muon for the matrices of the blocks and AdamW for the rest.
-
-    Muon's steps are scaled to the size of AdamW's (arXiv 2502.16982), so that one learning rate serves both.
-    """
-    groups, decay = model.parameter_groups(config.weight_decay), config.weight_decay
-    found: dict[str, torch.optim.Optimizer] = {}
-    if config.optimizer == "muon":
-        matrices = {p: None for p in model.transformer["h"].parameters() if p.dim() == 2}  # a set in order
-        groups = [group | {"params": [p for p in group["params"] if p not in matrices]} for group in groups]
-        found["muon"] = torch.optim.Muon(matrices, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
-    found["adamw"] = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=True)
-    return found
 
 
 class Trainer:

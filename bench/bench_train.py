@@ -20,9 +20,11 @@ import torch
 
 from bench.bench_generate import RandomTokenizer
 from bench.measure import machine, rounds, table
+from learning.machine import Machine
+from learning.team import Team
 from model import GPT, GPTConfig
 from storage.token_files import Splits
-from train import Machine, Team, Trainer
+from train import Trainer
 from training.config import TrainConfig, resolve
 from training.stop_signal import StopSignal
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS = {"api_server", "api_client", "client", "model", "train", "dry_run", "web", "inference", "training", "storage"}
+OURS = {"api_server", "api_client", "client", "model", "train", "dry_run", "web", "inference", "learning"}
+OURS |= {"training", "storage"}
 WITH_TORCH = {
     "storage/checkpoints.py",
     "storage/pretrained.py",
@@ -28,8 +29,9 @@ MAY_IMPORT = {
     "model": set(),
     "api_client": {"client"},
     "client": {"client"},
-    "train": {"model", "storage", "training"},
-    "dry_run": {"train", "storage", "training"},
+    "learning": {"learning", "model", "training"},
+    "train": {"learning", "model", "storage", "training"},
+    "dry_run": {"learning", "train", "storage", "training"},
 }
 
 

@@ -1,0 +1,1 @@
+"""The arithmetic of training, for train.py: tensors in, tensors out; no files of a run, no HTTP."""

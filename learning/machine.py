@@ -1,0 +1,47 @@
+"""Where the arithmetic of a run happens, and in which precision.
+
+What of this needs no torch is in training/hardware.py.
+"""
+
+import contextlib
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from training.config import TrainConfig
+from training.hardware import choose_device, choose_dtype, process_memory
+
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where the arithmetic happens, and in which precision."""
+
+    device: torch.device
+    name: str  # the maker's
+    dtype: str
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> "Machine":
+        """Return the machine that the config asks for. Raises ConfigError if it is not there."""
+        there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+        device = torch.device(choose_device(config.device, there, int(os.environ.get("LOCAL_RANK", 0))))
+        bf16 = {"cuda": torch.cuda.is_bf16_supported, "cpu": torch.cpu._is_avx512_bf16_supported, "mps": bool}
+        dtype = choose_dtype(config.dtype, device.type, bf16[device.type]())
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        if device.type != "cuda":
+            return cls(device, device.type, dtype)
+        torch.cuda.set_device(device)
+        return cls(device, torch.cuda.get_device_name(device), dtype)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the context of a forward pass."""
+        return torch.autocast(self.device.type, DTYPES[self.dtype], enabled=self.dtype != "fp32")
+
+    def memory_bytes(self) -> int:
+        """Return the most memory held so far: the device's on a GPU, the process's elsewhere."""
+        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else process_memory()
