@@ -119,9 +119,8 @@ class KVCache:
         self._positions = torch.tensor(positions, dtype=torch.long, device=self.device)
         runs = find_runs(slots, positions)
         for run in runs:
-            if run.end == run.count:
-                self._clear(run.slot)
-            self._written[run.slot] = max(self._written[run.slot], run.end)
+            self._forget(run.slot, run.end - run.count)
+            self._written[run.slot] = run.end
         single = [r for r in runs if r.count == 1]
         self._together = None
         if len(single) > 1 and (self.device.type != "cpu" or Together.pays(single)):
@@ -129,11 +128,19 @@ class KVCache:
             runs = [r for r in runs if r.count > 1]
         self._runs = [(r, r.mask(self.device)) for r in runs]
 
-    def _clear(self, slot: int) -> None:
-        """Forget a slot: a masked position counts 0 times its value, which is no number if the value is none."""
-        for cache in (self.keys, self.values):
-            cache[:, slot, :, : self._written[slot]].zero_()
-        self._written[slot] = 0
+    def _forget(self, slot: int, start: int) -> None:
+        """Zero a slot from `start` on: a masked position counts 0 times its value, and may hold no number."""
+        if start < self._written[slot]:
+            for cache in (self.keys, self.values):
+                cache[:, slot, :, start : self._written[slot]].zero_()
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Make the first `length` positions of slot `target` those of slot `source`, and forget its others."""
+        if source != target:
+            for cache in (self.keys, self.values):
+                cache[:, target, :, :length] = cache[:, source, :, :length]
+        self._forget(target, length)
+        self._written[target] = length
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store k and v, and return the attention of q; all are (1, nh, N, hs)."""

@@ -20,10 +20,12 @@ from torch.nn import functional as F
 
 from inference.native.build import CannotBuild, library
 from inference.native.machine import available_cores
+from inference.runner import check_copy
 from model import GPT, GPTConfig
 
 VERSION = 1  # as in step.cpp
 PANEL = 32  # rows of weights that lie together
+CACHE_BLOCK = 64  # positions of a slot that lie together, as in attention.h
 KINDS = {"fp32": (0, torch.float32), "bf16": (1, torch.bfloat16), "int8": (2, torch.uint8)}  # number in C++, stored as
 GREATEST_WIDTH = 16384  # beyond it int8 sums could leave 32 bits
 
@@ -173,9 +175,11 @@ class NativeRunner:
         native.kind, native.gelu_new, native.threads = packer.kind, config.activation == "gelu_new", self.threads
         native.layer = (_Layer * config.n_layer)()
         _pack(model, packer, native)
-        span, element = _up_to(config.block_size, 64), 4 if dtype == "fp32" else 2
-        cache = _Arena(2 * config.n_layer * slots * span * config.n_embd * element, huge=True)
-        native.cache = cache.take((1,), torch.uint8).data_ptr()
+        span, element = _up_to(config.block_size, CACHE_BLOCK), 4 if dtype == "fp32" else 2
+        self._block_bytes = 2 * config.n_layer * config.n_embd * CACHE_BLOCK * element
+        self._slot_bytes = span // CACHE_BLOCK * self._block_bytes
+        cache = _Arena(slots * self._slot_bytes, huge=True)
+        native.cache = self._cache = cache.take((1,), torch.uint8).data_ptr()
         self.packed_bytes = packer.nbytes
         self._width = native.head.rows  # of a row of logits, with padding
         self._logits = torch.empty(slots, self._width)  # kept: fresh memory would cost its first touch
@@ -230,6 +234,14 @@ class NativeRunner:
             logits, best = logits[where], array("q", [best[i] for i in where])
         self.last_argmax = best.tolist()
         return logits[:, : self.vocab_size]
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy a slot's beginning to another (see ModelRunner.copy): whole blocks, which lie one after the other."""
+        if self._step is None:
+            raise ValueError("the runner is closed")
+        check_copy(self, source, target, length)
+        to, at = (self._cache + slot * self._slot_bytes for slot in (target, source))
+        ctypes.memmove(to, at, _up_to(length, CACHE_BLOCK) // CACHE_BLOCK * self._block_bytes)
 
     def close(self) -> None:
         """Give back weights, cache and threads. Logits returned before stay valid."""

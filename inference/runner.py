@@ -28,11 +28,30 @@ class ModelRunner(Protocol):
 
         Row i stores the keys and values of tokens[i] at positions[i] of slots[i], and attends to positions
         0 to positions[i] of that slot. Rows of one slot are neighbours, with positions rising by one; positions
-        below the first must have been computed in earlier calls. A slot is reused by starting again at position 0.
+        below the first must have been computed in earlier calls, or copied; what a slot held from there on is
+        forgotten, so that a slot is reused by starting at 0 or after a prefix that stays.
         The result may live on the runner's device and is valid until the next call.
+        """
+        ...
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Make the first `length` positions of slot `target` those of slot `source`; what `target` held is forgotten.
+
+        Raises ValueError for a slot or length out of bounds.
         """
         ...
 
     def close(self) -> None:
         """Give back weights and cache."""
         ...
+
+
+def check_copy(runner: ModelRunner, source: int, target: int, length: int) -> None:
+    """Raise ValueError unless both slots exist and `length` positions fit."""
+    for name, value, most in (
+        ("source", source, runner.slots - 1),
+        ("target", target, runner.slots - 1),
+        ("length", length, runner.block_size),
+    ):
+        if not 0 <= value <= most:
+            raise ValueError(f"{name} is {value}; it must be 0 to {most}")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from inference.kv_cache import KVCache
+from inference.runner import check_copy
 from model import GPT
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -92,6 +93,14 @@ class TorchRunner:
         hidden = self._model.hidden(ids[None], self._cache, places[None])[0]  # (N, C)
         logits: Tensor = self._model.lm_head(hidden[wanted])
         return logits.float()
+
+    @torch.inference_mode()
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy a slot's beginning to another; see `ModelRunner.copy`."""
+        if self._cache is None:
+            raise RuntimeError("the runner is closed")
+        check_copy(self, source, target, length)
+        self._cache.copy(source, target, length)
 
     def close(self) -> None:
         """Give back weights and cache."""

@@ -197,6 +197,49 @@ def test_a_slot_is_used_again_from_position_0_without_a_trace():
     assert torch.equal(prefill(runner, [5, 6, 7]), first)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_copied_beginning_goes_on_as_the_computed_one_bit_for_bit(dtype):
+    model = model_of(SHAPES["as GPT-2"])
+    runner = NativeRunner(model, slots=3, dtype=dtype, threads=2)
+    ids, other = ids_for(model.config, 96), ids_for(model.config, 96, seed=2)
+    expected = prefill(runner, ids, slot=2)
+    for length in (0, 1, 63, 64, 65, 90, 95):
+        prefill(runner, other, slot=0)
+        runner.copy(2, 0, length)
+        rest = range(length, 96)
+        got = runner.rows(ids[length:], [0] * len(rest), list(rest), list(range(len(rest))))
+        assert torch.equal(got, expected[length:]), length
+    assert torch.equal(runner.rows(ids[95:], [2], [95], [0]), expected[95:])  # the source is as it was
+
+
+def test_a_slot_goes_on_from_any_position_below_which_it_is_filled():
+    model = model_of(SHAPES["odd"])
+    runner = NativeRunner(model, slots=1, dtype="bf16", threads=1)
+    ids, other = ids_for(model.config, 60), ids_for(model.config, 60, seed=2)
+    expected = prefill(runner, ids)
+    for kept in (50, 33, 16, 1):
+        runner.rows(other[kept:], [0] * (60 - kept), list(range(kept, 60)), [])
+        got = runner.rows(ids[kept:], [0] * (60 - kept), list(range(kept, 60)), list(range(60 - kept)))
+        assert torch.equal(got, expected[kept:]), kept
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((2, 0, 1), "source is 2; it must be 0 to 1"),
+        ((0, -1, 1), "target is -1; it must be 0 to 1"),
+        ((0, 1, 71), "length is 71; it must be 0 to 70"),
+    ],
+)
+def test_a_copy_out_of_bounds_is_refused(arguments, message):
+    runner = NativeRunner(model_of(SHAPES["odd"]), slots=2, dtype="fp32", threads=1)
+    with pytest.raises(ValueError, match=message):
+        runner.copy(*arguments)
+    runner.close()
+    with pytest.raises(ValueError, match="closed"):
+        runner.copy(0, 1, 1)
+
+
 def test_logits_stay_valid_after_the_runner_is_closed_and_closing_twice_is_fine():
     runner = NativeRunner(model_of(SHAPES["odd"]), slots=1, dtype="bf16", threads=2)
     logits = runner.rows([1], [0], [0], [0])

@@ -83,6 +83,56 @@ def test_a_slot_is_used_again_from_position_0() -> None:
     torch.testing.assert_close(feed(runner, short, 0, [1, 1, 1]), whole(model, short), atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_copied_beginning_goes_on_as_the_computed_one(dtype: str) -> None:
+    ids, other = [(i * 7) % V for i in range(40)], [(i * 11 + 3) % V for i in range(40)]
+    runner = TorchRunner(tiny(), slots=3, dtype=dtype)
+    for length in (1, 17, 39):
+        feed(runner, other, 0, [40])
+        feed(runner, ids, 2, [length])
+        runner.copy(2, 0, length)
+        for start in range(length, 40, 8):
+            where = list(range(start, min(start + 8, 40)))
+            copied, computed = (
+                runner.rows([ids[p] for p in where], [slot] * len(where), where, list(range(len(where)))).clone()
+                for slot in (0, 2)
+            )
+            assert torch.equal(copied, computed), (length, start)
+
+
+def test_a_slot_goes_on_from_any_position_below_which_it_is_filled() -> None:
+    ids, other = [(i * 7) % V for i in range(40)], [(i * 11 + 3) % V for i in range(40)]
+    runner, expected = TorchRunner(tiny(), slots=2), whole(tiny(), ids)
+    feed(runner, ids, 1, [40])
+    for kept in (30, 12, 1):
+        runner.rows(other[kept:], [1] * (40 - kept), list(range(kept, 40)), [])
+        got = runner.rows(ids[kept:], [1] * (40 - kept), list(range(kept, 40)), list(range(40 - kept)))
+        torch.testing.assert_close(got, expected[kept:], atol=2e-5, rtol=1e-5)
+
+
+def test_what_is_no_number_does_not_stay_behind_a_copied_or_kept_beginning() -> None:
+    model = tiny()
+    with torch.no_grad():
+        model.lm_head.weight = torch.nn.Parameter(tiny().lm_head.weight.detach().clone())
+        model.transformer["wte"].weight[13] = float("nan")
+    runner, ids = TorchRunner(model, slots=3), [1, 2, 3]
+    expected = whole(tiny(), [*ids, 4])[-1]
+    feed(runner, [*ids, *[13] * 20], 0, [3, 20])
+    feed(runner, [13] * 23, 1, [23])
+    runner.copy(0, 1, 3)
+    feed(runner, list(range(20)), 2, [20])
+    logits = runner.rows([4, 4, 5], [0, 1, 2], [3, 3, 20], [0, 1, 2])  # slots 0 and 1 are padded to the span of slot 2
+    for row in logits[:2]:
+        torch.testing.assert_close(row, expected, atol=2e-5, rtol=1e-5)
+
+
+def test_a_copy_out_of_bounds_is_refused() -> None:
+    runner = TorchRunner(tiny(), 2)
+    for arguments, message in (((2, 0, 1), "source is 2"), ((0, -1, 1), "target is -1"), ((0, 1, 41), "length is 41")):
+        with pytest.raises(ValueError, match=message):
+            runner.copy(*arguments)
+
+
 def test_numbers_that_are_none_stay_in_their_sequence() -> None:
     model = tiny()
     with torch.no_grad():
