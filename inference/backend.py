@@ -46,10 +46,12 @@ class InferenceBackend(Protocol):
         prompt_ids: Sequence[int],
         params: SamplingParams,
         request_id: str | None = None,
+        owner: str = "",
     ) -> Generation:
         """Queue a request on `model`. Raises PromptTooLong, QueueFull, NoModel, EngineDown or ValueError at once.
 
-        `request_id` names it for `request()`; one that is still at work here is a ValueError.
+        `request_id` names it for `request()`; one that is still at work here is a ValueError. Owners who wait
+        at the same time get the same number of slots.
         """
         ...
 
@@ -67,8 +69,8 @@ class InferenceBackend(Protocol):
     def info(self) -> dict[str, Any]:
         """Return queue and engine figures.
 
-        At least running, waiting, slots, waiting_tokens, tokens_per_second and heartbeat_age (seconds since the
-        engine last said that it works; a healthy one stays below a few).
+        At least running, waiting, slots, waiting_tokens, tokens_per_second, cache_tokens, cache_capacity and
+        heartbeat_age (seconds since the engine last said that it works; a healthy one stays below a few).
         """
         ...
 

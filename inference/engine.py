@@ -36,8 +36,6 @@ logger = logging.getLogger(__name__)
 
 IDLE_BEAT = 0.5  # seconds between heartbeats while there is nothing to do
 RATE_WINDOW = 10.0  # seconds over which tokens_per_second is taken
-SHUTTING_DOWN = "The server is shutting down."
-ENGINE_FAILED = "The server failed."
 
 
 class Rate:
@@ -112,14 +110,16 @@ class Engine:
         prompt_ids: Sequence[int],
         params: SamplingParams,
         request_id: str | None = None,
+        owner: str = "",
     ) -> Generation:
         """Queue a request; see `InferenceBackend.submit`."""
         sequence = self._sequence(model, list(prompt_ids), params)
+        sequence.owner = owner
         if request_id is not None:
             sequence.id = request_id
         with self._lock:
             if self._closing:
-                raise seq.EngineDown(SHUTTING_DOWN)
+                raise seq.EngineDown(seq.Failure.SHUTTING_DOWN)
             lane = self._lanes.get(model)
             if lane is None:
                 raise seq.NoModel(f"The model {model.id} is no longer loaded.")
@@ -161,7 +161,7 @@ class Engine:
             lane = Lane(served, runner, self._admission, self._prefill_tokens)
             if not self._tell(partial(self._swap, lane)):
                 lane.close()
-                raise seq.EngineDown(SHUTTING_DOWN)
+                raise seq.EngineDown(seq.Failure.SHUTTING_DOWN)
             return served
         finally:
             self._loading.release()
@@ -187,6 +187,8 @@ class Engine:
             "max_waiting_tokens": admission.max_waiting_tokens,
             "finished": admission.finished,
             "slots": self._options.slots if lane is None else lane.runner.slots,
+            "cache_tokens": admission.cached(),  # of running requests: those whose keys and values are kept
+            "cache_capacity": 0 if lane is None else lane.runner.slots * lane.runner.block_size,
             "tokens_per_second": round(self._rate.per_second(), 2),
             "steps": self._steps,
             "tokens": self._tokens,
@@ -230,9 +232,9 @@ class Engine:
             except Exception:  # a step handles its own failures: this is a fault of the engine itself
                 logger.exception("the engine failed; its requests end, it goes on")
                 for lane in self._lanes.values():
-                    lane.finish_all(ENGINE_FAILED)
+                    lane.finish_all(seq.Failure.ENGINE)
         for lane in self._lanes.values():
-            lane.finish_all(SHUTTING_DOWN)
+            lane.finish_all(seq.Failure.SHUTTING_DOWN)
             lane.close()
         self._lanes.clear()
 
@@ -283,7 +285,7 @@ class Engine:
     def _end_waiting(self) -> None:
         for lane in self._lanes.values():
             for sequence in list(lane.scheduler.waiting):
-                lane.finish(sequence, seq.FinishReason.ERROR, SHUTTING_DOWN)
+                lane.finish(sequence, seq.FinishReason.ERROR, seq.Failure.SHUTTING_DOWN)
 
     def _stop(self) -> None:
         self._stopped = True

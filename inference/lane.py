@@ -15,16 +15,12 @@ from inference.admission import Admission
 from inference.backend import ServedModel
 from inference.sampling import sample, score
 from inference.scheduler import Scheduler, Share, Step
-from inference.sequence import Finished, FinishReason, Sequence, Token
+from inference.sequence import Failure, Finished, FinishReason, Sequence, Token
 
 if TYPE_CHECKING:
     from inference.runner import ModelRunner
 
 logger = logging.getLogger(__name__)
-
-STEP_FAILED = "The server failed while it computed this request."
-NOT_A_NUMBER = "The model's output for this request was not a number."
-OUT_OF_TIME = "The request took longer than the server allows."
 
 
 class Lane:
@@ -54,10 +50,10 @@ class Lane:
             if sequence.cancelled:
                 self.finish(sequence, FinishReason.CANCELLED)
             elif sequence.deadline is not None and now > sequence.deadline:
-                self.finish(sequence, FinishReason.ERROR, OUT_OF_TIME)
+                self.finish(sequence, FinishReason.ERROR, Failure.OUT_OF_TIME)
 
     def step(self) -> int:
-        """Compute one step and emit its tokens; return how many. A failure ends the sequences in it, no other."""
+        """Compute one step and emit its tokens; return how many. A failure ends the sequence at fault, no other."""
         for sequence in self.scheduler.admit(time.monotonic()):
             self.admission.started(sequence)
         step = self.scheduler.next_step()
@@ -67,48 +63,66 @@ class Lane:
         try:
             tokens = self._compute(step)
         except Exception:
-            logger.exception("a step of %d sequences failed", len(step.shares))
-            for share in step.shares:
-                self.finish(share.sequence, FinishReason.ERROR, STEP_FAILED)
-            return 0
+            logger.exception("a step of %d sequences failed; each is tried alone", len(step.shares))
+            return sum(self._step_alone(share) for share in step.shares)
         prefilled = len(step.tokens) - step.decoding
         self.scheduler.budget.observe(step.decoding, prefilled, time.monotonic() - started)
         for share, token in zip(step.shares, tokens, strict=True):
             self._emit(share, token)
         return sum(share.samples for share in step.shares)
 
+    def _step_alone(self, share: Share) -> int:
+        """Compute one share of a step that failed; return its tokens. One that fails again ends its sequence."""
+        sequence, step = share.sequence, Step()
+        sequence.rewind()
+        if sequence.slot is None:
+            raise AssertionError(f"{sequence.id} runs without a slot")
+        step.add(sequence, sequence.slot, share.count)
+        try:
+            (token,) = self._compute(step)
+        except Exception as error:
+            logger.error("%s failed alone, too: %s", sequence.id, type(error).__name__)
+            self.finish(sequence, FinishReason.ERROR, Failure.STEP)
+            return 0
+        self._emit(share, token)
+        return int(share.samples)
+
     def _compute(self, step: Step) -> list[Token | None]:
-        """Return the token that each share has chosen; None where it chose none, or its logits are unsound."""
+        """Return the token that each share has chosen; None where it chose none, or its logits are unsound.
+
+        What fails leaves the sequences as they were, but for their generators.
+        """
         logits = self.runner.rows(step.tokens, step.slots, step.positions, step.want)[:, : self.vocab_size]
         row, last = 0, []
+        scored: list[tuple[Sequence, list[Token]]] = []
         for share in step.shares:
             sequence = share.sequence
             if share.scores:
                 following = sequence.prompt_ids[sequence.computed + 1 :][: share.scores]
                 scores = score(logits[row : row + share.scores], following, sequence.params.logprobs)
-                sequence.prompt_logprobs.extend(scores)
+                scored.append((sequence, scores))
             row += share.scores + share.samples
             if share.samples:
                 last.append(row - 1)
-        step.advance()
-        if not last:
-            return [None] * len(step.shares)
         choosing = [share.sequence for share in step.shares if share.samples]
-        chosen = iter(sample(logits if len(last) == len(logits) else logits[last], choosing))
+        chosen = iter(sample(logits if len(last) == len(logits) else logits[last], choosing) if last else ())
+        step.advance()
+        for sequence, scores in scored:
+            sequence.prompt_logprobs.extend(scores)
         return [next(chosen) if share.samples else None for share in step.shares]
 
     def _emit(self, share: Share, token: Token | None) -> None:
         """Put a token, and end its sequence where it is the last."""
         sequence = share.sequence
         if share.scores and math.isnan(sequence.prompt_logprobs[-1].logprob or 0.0):
-            self.finish(sequence, FinishReason.ERROR, NOT_A_NUMBER)
+            self.finish(sequence, FinishReason.ERROR, Failure.NOT_A_NUMBER)
             return
         if not share.samples:
             if sequence.output_limit == 0 and not sequence.in_prefill:
                 self.finish(sequence, FinishReason.LENGTH)
             return
         if token is None:
-            self.finish(sequence, FinishReason.ERROR, NOT_A_NUMBER)
+            self.finish(sequence, FinishReason.ERROR, Failure.NOT_A_NUMBER)
             return
         if sequence.first_token_at is None:
             sequence.first_token_at = time.monotonic()
@@ -119,14 +133,14 @@ class Lane:
         elif len(sequence.output_ids) >= sequence.output_limit:
             self.finish(sequence, FinishReason.LENGTH)
 
-    def finish(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
+    def finish(self, sequence: Sequence, reason: FinishReason, error: Failure | None = None) -> None:
         """End a sequence: free its slot, note its figures, put its last event."""
         self.scheduler.remove(sequence)
         sequence.finish_reason, sequence.finished_at = reason, time.monotonic()
         self.admission.ended(sequence)
         sequence.events.put(Finished(reason, error))
 
-    def finish_all(self, error: str) -> None:
+    def finish_all(self, error: Failure) -> None:
         """End every sequence with an error."""
         for sequence in [*self.scheduler.waiting, *self.scheduler.running]:
             self.finish(sequence, FinishReason.ERROR, error)

@@ -6,13 +6,13 @@ prompt does not stall running streams. Pure Python, no torch; owned by the engin
 """
 
 import heapq
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from inference.sequence import Sequence
 
 LEAST_PREFILL = 16  # prompt tokens per step at least: fewer cost a step nearly as much
-FIRST_PREFILL = 64  # as long as nothing was measured
+FIRST_PREFILL = 16  # as long as nothing was measured: a second or two of a large model on a small CPU
 LONGEST_STEP = 0.5  # seconds: what arrives or leaves meanwhile waits for the step to end
 LOGPROB_PREFILL = 128  # at most this many with prompt log-probabilities: each wants a row of logits
 
@@ -101,7 +101,7 @@ class PrefillBudget:
 
 
 class Scheduler:
-    """Give slots to waiting sequences in the order they came, and build steps from the running ones."""
+    """Give slots to waiting sequences, evenly among owners and else in the order they came, and build steps."""
 
     def __init__(self, slots: int, prefill_tokens: int):
         self.budget = PrefillBudget(prefill_tokens)
@@ -122,11 +122,20 @@ class Scheduler:
         """Give free slots to waiting sequences and return those that now run."""
         started = []
         while self.waiting and self._free:
-            sequence = self.waiting.popleft()
+            sequence = self._next()
+            self.waiting.remove(sequence)
             sequence.slot, sequence.started_at = heapq.heappop(self._free), now
             self.running.append(sequence)
             started.append(sequence)
         return started
+
+    def _next(self) -> Sequence:
+        """Return the first waiting sequence of the owner that has fewest slots, of several owners the first."""
+        first = {sequence.owner: sequence for sequence in reversed(self.waiting)}
+        if len(first) == 1:
+            return self.waiting[0]
+        held = Counter(sequence.owner for sequence in self.running)
+        return min((s for s in self.waiting if first[s.owner] is s), key=lambda s: held[s.owner])
 
     def next_step(self) -> Step | None:
         """Return the rows to compute next, or None when nothing runs."""

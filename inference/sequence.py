@@ -25,6 +25,16 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
+class Failure(StrEnum):
+    """Why a sequence ended with an error, in words for the user."""
+
+    STEP = "The server failed while it computed this request."
+    ENGINE = "The server failed."
+    NOT_A_NUMBER = "The model's output for this request was not a number."
+    OUT_OF_TIME = "The request took longer than the server allows."
+    SHUTTING_DOWN = "The server is shutting down."
+
+
 class InferenceError(Exception):
     """The base of what the engine refuses or fails with."""
 
@@ -47,6 +57,10 @@ class QueueFull(InferenceError):
     def __init__(self, message: str, retry_after: int = 1):
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class OutOfTime(InferenceError):
+    """A request passed its deadline, waiting or running."""
 
 
 class EngineDown(InferenceError):
@@ -118,7 +132,7 @@ class Finished:
     """The last event of a sequence; `error` says what failed when the reason is ERROR."""
 
     reason: FinishReason
-    error: str | None = None
+    error: Failure | None = None
 
 
 Event = Token | Finished
@@ -137,6 +151,7 @@ class Sequence:
     stop_ids: frozenset[int] = frozenset()  # the params' and, unless ignored, the tokenizer's end-of-text
     output_limit: int = 0  # max_new_tokens, or less where the context ends first
     id: str = field(default_factory=lambda: "req-" + uuid.uuid4().hex)
+    owner: str = ""  # who asks: slots are shared out evenly among owners who wait for them
     deadline: float | None = None  # time.monotonic() after which it ends with an error
     cancelled: bool = False
     events: "queue.SimpleQueue[Event]" = field(default_factory=queue.SimpleQueue)
@@ -156,7 +171,13 @@ class Sequence:
     def __post_init__(self) -> None:
         seed = self.params.seed
         self.seed = int.from_bytes(os.urandom(6)) if seed is None else seed
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Set the generator to where the tokens so far have left it: a step that failed may have drawn from it."""
         self.generator = random.Random(self.seed)
+        for _ in () if self.params.greedy else self.output_ids:
+            self.generator.random()
 
     @property
     def state(self) -> str:
@@ -177,7 +198,7 @@ class Generation:
     def __init__(self, sequence: Sequence):
         self._sequence = sequence
         self.finish_reason: FinishReason | None = None
-        self.error: str | None = None
+        self.error: Failure | None = None
 
     @property
     def id(self) -> str:

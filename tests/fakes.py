@@ -16,6 +16,7 @@ from api_server import create_app
 from inference.backend import ServedModel
 from inference.sequence import (
     EngineDown,
+    Failure,
     Finished,
     FinishReason,
     Generation,
@@ -83,7 +84,12 @@ class FakeEngine:
         return self._served
 
     def submit(
-        self, model: ServedModel, prompt_ids: Any, params: SamplingParams, request_id: str | None = None
+        self,
+        model: ServedModel,
+        prompt_ids: Any,
+        params: SamplingParams,
+        request_id: str | None = None,
+        owner: str = "",
     ) -> Generation:
         if self.closed:
             raise EngineDown("The server is shutting down.")
@@ -97,7 +103,7 @@ class FakeEngine:
         eot = model.tokenizer.eot
         stop_ids = params.stop_token_ids | (frozenset() if eot is None or params.ignore_eos else frozenset({eot}))
         sequence = Sequence(
-            list(prompt_ids), params, stop_ids, min(room, params.max_new_tokens), id=request_id or "req-fake"
+            list(prompt_ids), params, stop_ids, min(room, params.max_new_tokens), request_id or "req-fake", owner
         )
         sequence.started_at = time.monotonic()
         if params.prompt_logprobs:
@@ -128,7 +134,7 @@ class FakeEngine:
         if sequence.cancelled:
             self.finish(sequence, FinishReason.CANCELLED)
         elif self.fail_after is not None and len(sequence.output_ids) >= self.fail_after:
-            self.finish(sequence, FinishReason.ERROR, "The server failed while it computed this request.")
+            self.finish(sequence, FinishReason.ERROR, Failure.STEP)
         elif len(sequence.output_ids) >= sequence.output_limit:
             self.finish(sequence, FinishReason.LENGTH)
         else:
@@ -143,7 +149,7 @@ class FakeEngine:
         while sequence.finished_at is None:
             self.step(sequence)
 
-    def finish(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
+    def finish(self, sequence: Sequence, reason: FinishReason, error: Failure | None = None) -> None:
         """End a sequence."""
         sequence.finish_reason, sequence.finished_at = reason, time.monotonic()
         sequence.events.put(Finished(reason, error))
@@ -165,7 +171,7 @@ class FakeEngine:
     def info(self) -> dict[str, Any]:
         live = sum(s.finished_at is None for s in self.sequences)
         figures = {"running": live, "waiting": 0, "waiting_tokens": 0, "slots": 16, "tokens_per_second": 0.0}
-        return figures | {"heartbeat_age": self.heartbeat_age}
+        return figures | {"cache_tokens": 0, "cache_capacity": 1024, "heartbeat_age": self.heartbeat_age}
 
     def request(self, request_id: str) -> dict[str, Any] | None:
         found = next((s for s in self.sequences if s.id == request_id), None)

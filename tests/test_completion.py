@@ -5,7 +5,17 @@ import queue
 import pytest
 from fakes import byte_tokenizer
 
-from inference.sequence import Finished, FinishReason, Generation, SamplingParams, Sequence, Token
+from inference.sequence import (
+    EngineDown,
+    Failure,
+    Finished,
+    FinishReason,
+    Generation,
+    OutOfTime,
+    SamplingParams,
+    Sequence,
+    Token,
+)
 from web.completion import Completion, GenerationFailed, merged
 
 
@@ -79,6 +89,23 @@ def test_text_held_back_for_a_stop_string_comes_at_the_end(tokenizer):
 def test_an_end_that_is_no_end_of_text_is_a_failure(tokenizer, reason):
     with pytest.raises(GenerationFailed):
         finished(tokenizer, "abc", reason)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (Failure.OUT_OF_TIME, OutOfTime),
+        (Failure.SHUTTING_DOWN, EngineDown),
+        (Failure.ENGINE, EngineDown),
+        (Failure.STEP, GenerationFailed),
+        (Failure.NOT_A_NUMBER, GenerationFailed),
+    ],
+)
+def test_an_error_says_whose_it_is(tokenizer, error, kind):
+    sequence = Sequence([1], SamplingParams())
+    sequence.events.put(Finished(FinishReason.ERROR, error))
+    with pytest.raises(kind, match=str(error)):
+        list(merged([Completion(Generation(sequence), tokenizer, (), frozenset())], 0.01))
 
 
 def test_several_completions_are_merged_and_each_ends_once(tokenizer):

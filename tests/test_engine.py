@@ -18,6 +18,7 @@ from inference.build import build_runner
 from inference.engine import Engine
 from inference.sequence import (
     EngineDown,
+    Failure,
     Finished,
     FinishReason,
     Generation,
@@ -364,20 +365,38 @@ def test_a_request_that_takes_too_long_ends_with_an_error(fake: Callable[..., Be
     assert end.reason == FinishReason.ERROR and "longer than the server allows" in str(end.error)
 
 
-def test_a_failing_step_ends_the_sequences_in_it_and_no_other(fake: Callable[..., Bench]) -> None:
+def test_a_failure_ends_the_sequence_at_fault_and_no_other(make: Callable[..., Engine]) -> None:
+    """Sampled text beside one whose rows fail at its third token is that of a run without it."""
+
+    def run(faulty: bool) -> list[list[int]]:
+        engine = make(slots=8)
+        served = engine.load(reference())
+        runner = engine._lanes[served].runner
+        rows = runner.rows
+
+        def failing(tokens: list[int], slots: list[int], positions: list[int], want: list[int]) -> torch.Tensor:
+            if faulty and any(slot == 3 and position >= 5 for slot, position in zip(slots, positions, strict=True)):
+                raise RuntimeError("the test's fault")
+            return rows(tokens, slots, positions, want)
+
+        runner.rows = failing  # type: ignore[method-assign]
+        params = [SamplingParams(max_new_tokens=12, temperature=t, seed=k) for k, t in enumerate([0.0, 1.0] * 4)]
+        generations = [engine.submit(served, [k, k + 1, k + 2], params[k]) for k in range(8)]
+        ends = [drain(generation) for generation in generations]
+        assert [end.error for _, end in ends if end.reason == FinishReason.ERROR] == [Failure.STEP] * faulty
+        return [ids for k, (ids, _) in enumerate(ends) if k != 3]
+
+    assert run(faulty=True) == run(faulty=False)
+
+
+def test_when_every_step_fails_what_runs_ends_and_the_next_request_works(fake: Callable[..., Bench]) -> None:
     bench = fake(slots=2)
     runner = bench.runners[0]
-    runner.gate.clear()
-    doomed = [submit(bench, [i]) for i in (0, 1)]
-    until(lambda: bench.engine.info()["running"] > 0)
-    later = submit(bench, [2])
-    failing = runner.steps + 3
-    runner.fail = lambda step: step == failing
-    runner.gate.set()
-    for generation in doomed:
-        ids, end = drain(generation)
-        assert end.reason == FinishReason.ERROR and "failed while it computed" in str(end.error) and len(ids) < 5
-    assert drain(later)[0] == [3, 4, 5, 6, 7]
+    runner.fail = lambda step: True
+    for generation in [submit(bench, [i]) for i in (0, 1)]:
+        assert drain(generation)[1] == Finished(FinishReason.ERROR, Failure.STEP)
+    runner.fail = lambda step: False
+    assert drain(submit(bench, [2]))[0] == [3, 4, 5, 6, 7]
 
 
 def test_logits_that_are_not_numbers_end_their_own_sequence_only(fake: Callable[..., Bench]) -> None:
@@ -395,7 +414,7 @@ def test_logits_that_are_not_numbers_end_their_own_sequence_only(fake: Callable[
     bad, good = submit(bench, [28]), submit(bench, [3])
     assert drain(bad) == (
         [29, 30],
-        Finished(FinishReason.ERROR, "The model's output for this request was not a number."),
+        Finished(FinishReason.ERROR, Failure.NOT_A_NUMBER),
     )
     assert drain(good)[0] == [4, 5, 6, 7, 8]
     scored = submit(bench, [30, 31, 32], greedy(0, prompt_logprobs=True))

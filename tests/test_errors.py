@@ -40,6 +40,7 @@ def subclasses(module, base):
         (sequence.LoadInProgress("m"), 409, 503),
         (sequence.QueueFull("m", retry_after=7), 429, 429),
         (sequence.EngineDown("m"), 503, 503),
+        (sequence.OutOfTime("m"), 504, 504),
         (JobBusy("m"), 409, 400),
         (ConfigError("m"), 400, 400),
         (GenerationFailed("m"), 500, 500),

@@ -62,7 +62,9 @@ def test_a_stopping_server_is_not_healthy(server):
 
 
 def test_queue_has_the_engines_figures(server):
-    assert {"running", "waiting", "slots", "tokens_per_second", "open_requests"} <= set(server.get("/queue").json)
+    assert {"running", "waiting", "slots", "cache_tokens", "cache_capacity", "tokens_per_second"} <= set(
+        server.get("/queue").json
+    )
 
 
 def test_an_unknown_request_is_not_found(server):

@@ -89,6 +89,7 @@ def test_an_unknown_job_is_not_found(server, path):
 def test_a_job_stops_goes_on_and_is_deleted(server):
     server.post("/api/train", TRAIN)
     assert server.client.delete("/api/jobs/shakespeare_model").status_code == 409
+    assert server.post("/api/jobs/shakespeare_model/stop", {"force": True}).status_code == 400
     assert server.client.post("/api/jobs/shakespeare_model/stop").json["state"] == "stopped"
     resumed = server.post("/api/jobs/shakespeare_model/resume", {"max_iters": 40}).json
     assert resumed["state"] == "running" and resumed["max_iters"] == 40

@@ -85,6 +85,7 @@ def test_the_allow_list_restricts_what_loads_and_what_is_listed(tmp_path, tokeni
 
 
 def test_without_a_model_generation_says_how_to_load_one(server):
+    assert server.post("/api/unload_model", {"model": "tiny"}).status_code == 400
     assert server.post("/api/unload_model", {}).status_code == 200
     reply = server.post("/api/generate", {"prompt": "a"})
     assert reply.status_code == 409 and "/api/load_model" in reply.json["error"]

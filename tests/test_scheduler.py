@@ -171,3 +171,22 @@ def test_scheduling_needs_no_torch() -> None:
     code = "import sys, inference.scheduler, inference.backend, inference.admission; sys.exit('torch' in sys.modules)"
     root = Path(__file__).resolve().parent.parent
     assert subprocess.run([sys.executable, "-c", code], cwd=root, timeout=30).returncode == 0
+
+
+def test_owners_who_wait_get_the_same_number_of_slots_and_each_in_its_order() -> None:
+    scheduler = Scheduler(4, 16)
+    for n, owner in enumerate("aaaaaabbbc"):
+        scheduler.add(Sequence([1], SamplingParams(max_new_tokens=4), output_limit=4, id=f"{owner}{n}", owner=owner))
+    assert [s.id for s in scheduler.admit(0.0)] == ["a0", "b6", "c9", "a1"]
+    scheduler.remove(scheduler.running[2])
+    assert [s.id for s in scheduler.admit(0.0)] == ["b7"], "b holds one slot, a two"
+    for _ in range(2):
+        scheduler.remove(scheduler.running[0])
+    assert [s.id for s in scheduler.admit(0.0)] == ["a2", "b8"]
+
+
+def test_an_owner_alone_takes_every_slot() -> None:
+    scheduler = Scheduler(4, 16)
+    for n in range(5):
+        scheduler.add(Sequence([1], SamplingParams(max_new_tokens=4), output_limit=4, id=str(n), owner="a"))
+    assert [s.id for s in scheduler.admit(0.0)] == ["0", "1", "2", "3"]

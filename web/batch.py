@@ -10,12 +10,13 @@ from dataclasses import replace
 from typing import Any
 
 from inference.backend import ServedModel
-from inference.sequence import EngineDown, NoModel, PromptTooLong, SamplingParams
+from inference.sequence import NoModel, PromptTooLong, SamplingParams
 from storage.tokenizer import Tokenizer
 from web.client import Client
-from web.completion import Completion, GenerationFailed, Piece, merged
+from web.completion import Completion, Piece, merged
 from web.context import Context
 from web.errors import Refused
+from web.security import requester
 
 IDLE = 0.2  # seconds without a token after which the caller gets a moment to look around
 LONGEST_TOKEN = 512  # bytes; no vocabulary that is accepted has a longer one
@@ -87,7 +88,7 @@ class Batch:
             for index in range(n * len(prompts)):
                 own = replace(params, seed=(self.seed + index % n) % 2**63)
                 name = request_id if index == 0 else f"{request_id}-{index}"
-                generation = context.engine.submit(model, prompts[index // n], own, name)
+                generation = context.engine.submit(model, prompts[index // n], own, name, requester())
                 self.completions.append(Completion(generation, model.tokenizer, stops, ends, index))
         except ValueError as error:
             self.close()
@@ -120,16 +121,12 @@ class Batch:
     def __iter__(self) -> Iterator[Piece | None]:
         """Give pieces of text as they come, and None while nothing does.
 
-        Raises GenerationFailed, EngineDown when the server stops, ClientGone when nobody listens.
+        Raises GenerationFailed, OutOfTime, EngineDown when the server stops, ClientGone when nobody listens.
         """
         try:
             for piece in merged(self.completions, IDLE):
                 self._client.check()
                 yield piece
-        except GenerationFailed as error:
-            if self._context.closing.is_set():
-                raise EngineDown(str(error)) from None
-            raise
         finally:
             self.close()
 

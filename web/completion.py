@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from inference.sequence import Finished, FinishReason, Generation, Token
+from inference.sequence import EngineDown, Failure, Finished, FinishReason, Generation, OutOfTime, Token
 from storage.tokenizer import StopFinder, Tokenizer
 
 TURN = 0.02  # seconds to wait for one of several completions before looking at the others
@@ -57,7 +57,10 @@ class Completion:
             self.generation.cancel()
 
     def poll(self, timeout: float) -> Piece | None:
-        """Return what the next event brings, or None when none comes in time. Raises GenerationFailed."""
+        """Return what the next event brings, or None when none comes in time.
+
+        Raises GenerationFailed, OutOfTime, and EngineDown when the server stops.
+        """
         event = self.generation.next(timeout)
         if event is None:
             return None
@@ -77,7 +80,7 @@ class Completion:
 
     def _end(self, event: Finished) -> Piece:
         if event.reason not in (FinishReason.STOP, FinishReason.LENGTH):
-            raise GenerationFailed(event.error or "the request was cancelled")
+            raise _failure(event.error)
         text = ""
         if self._held is not None and event.reason is not FinishReason.STOP:
             text = self._decoder.push(self._held.token_id)
@@ -93,6 +96,12 @@ class Completion:
         self._pieces.append(text)
         self.finish_reason, self.stop_reason = reason, stop_reason
         return Piece(self, text, tokens, last=True)
+
+
+def _failure(error: Failure | None) -> Exception:
+    """Return what is raised for a sequence that ended with `error`; None is a cancelled one."""
+    kind = {Failure.OUT_OF_TIME: OutOfTime, Failure.SHUTTING_DOWN: EngineDown, Failure.ENGINE: EngineDown}
+    return GenerationFailed("the request was cancelled") if error is None else kind.get(error, GenerationFailed)(error)
 
 
 def merged(completions: Sequence[Completion], idle: float) -> Iterator[Piece | None]:

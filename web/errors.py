@@ -18,6 +18,7 @@
     │   ├── NoModel                  409     model_not_found (404 under /v1)
     │   ├── LoadInProgress           409     (503 under /v1)
     │   ├── QueueFull                429     queue_full
+    │   ├── OutOfTime                504     request_timeout
     │   └── EngineDown               503     engine_down
     ├── GenerationFailed             500     engine_error
     ├── ClientGone                   499     nobody reads it; it is for the counters
@@ -25,7 +26,8 @@
 
 Bodies: {"error": "…"}; under /v1 and for /completions {"error": {"message", "type", "param", "code"}}.
 Messages of our own exceptions are written for users; those of unknown exceptions never leave the server.
-OpenAI's clients retry 409 and everything from 500 up, so /v1 uses 409 for nothing.
+OpenAI's clients retry 409 and everything from 500 up, so /v1 uses 409 for nothing, and what would only
+fail again (501, 504) tells them not to.
 """
 
 import inspect
@@ -127,6 +129,8 @@ def _of_inference(error: sequence.InferenceError, openai: bool) -> Problem:
         return Problem(404, text, "model_not_found", "model") if openai else Problem(409, text)
     if isinstance(error, sequence.LoadInProgress):
         return Problem(503, text, "loading", headers=_retry()) if openai else Problem(409, text)
+    if isinstance(error, sequence.OutOfTime):
+        return Problem(504, text, "request_timeout")
     return Problem(503, text or "the engine is stopping", "engine_down", headers=_retry())
 
 
@@ -173,7 +177,7 @@ def respond(error: Exception) -> Response:
     response = jsonify(problem.body(openai))
     response.status_code = problem.status
     response.headers.update(problem.headers)
-    if problem.status == 501:
+    if problem.status in (501, 504):
         response.headers["x-should-retry"] = "false"
     return response
 

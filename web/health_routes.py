@@ -41,6 +41,8 @@ class Queue(Reply):
     running: int
     waiting: int
     slots: int
+    cache_tokens: int
+    cache_capacity: int
     tokens_per_second: float
 
 
@@ -85,7 +87,7 @@ def healthz() -> Response:
 
 @routes.get("/queue", responses={200: Queue})
 def queue() -> dict[str, Any]:
-    """Tell the engine's figures: running, waiting, slots, tokens per second."""
+    """Tell the engine's figures: running, waiting, slots, cache, tokens per second."""
     ctx = context()
     return ctx.engine.info() | {"open_requests": ctx.streams.open}
 

@@ -39,6 +39,7 @@ from web.schemas import (
     Message,
     MetricsQuery,
     NamePath,
+    NoFields,
     PlotQuery,
     ResumeBody,
     Rows,
@@ -123,7 +124,7 @@ def delete_job(path: NamePath) -> dict[str, Any]:
 
 
 @routes.post("/api/jobs/<name>/stop", responses={200: Job, 404: Error, 409: Error})
-def stop_job(path: NamePath) -> dict[str, Any]:
+def stop_job(path: NamePath, body: NoFields) -> dict[str, Any]:
     """Stop a job; it saves a checkpoint first."""
     return context().jobs.stop(path.name).describe()
 

@@ -18,9 +18,17 @@ from web import sse
 from web.batch import Batch, context_tokens, encode, loaded_model, too_long
 from web.client import Client
 from web.context import context
-from web.schemas import Error, GenerateBody, Generated, LoadBody, Message, Models, Status
+from web.schemas import Error, GenerateBody, Generated, LoadBody, Message, Models, NoFields, Status
 
-ERRORS: dict[str | int | HTTPStatus, Any] = {400: Error, 401: Error, 403: Error, 415: Error, 429: Error, 503: Error}
+ERRORS: dict[str | int | HTTPStatus, Any] = {
+    400: Error,
+    401: Error,
+    403: Error,
+    415: Error,
+    429: Error,
+    503: Error,
+    504: Error,
+}
 
 routes = APIBlueprint("native", __name__, abp_tags=[Tag(name="native")], abp_responses=ERRORS)
 
@@ -80,7 +88,7 @@ def load_model(body: LoadBody) -> dict[str, Any]:
 
 
 @routes.post("/api/unload_model", responses={200: Message, 409: Error})
-def unload_model() -> dict[str, Any]:
+def unload_model(body: NoFields) -> dict[str, Any]:
     """Stop serving the model and give its memory back."""
     context().loader.unload()
     return {"message": "Model unloaded"}

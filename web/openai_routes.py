@@ -29,7 +29,7 @@ from web.openai_schemas import (
     TokenizeBody,
 )
 
-ERRORS: dict[str | int | HTTPStatus, Any] = dict.fromkeys((400, 401, 403, 404, 415, 429, 503), OpenAIError)
+ERRORS: dict[str | int | HTTPStatus, Any] = dict.fromkeys((400, 401, 403, 404, 415, 429, 503, 504), OpenAIError)
 
 routes = APIBlueprint("openai", __name__, abp_tags=[Tag(name="OpenAI")], abp_responses=ERRORS)
 

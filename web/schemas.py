@@ -125,6 +125,12 @@ class LoadBody(StrictModel):
         return {name: value for name, value in self.model_dump().items() if value is not None}
 
 
+class NoFields(StrictModel):
+    """A body that says nothing: empty, or {}."""
+
+    model_config = ConfigDict(openapi_extra={"required": False})  # type: ignore[typeddict-unknown-key]
+
+
 class ResumeBody(StrictModel):
     """How to go on with a job."""
 

@@ -102,7 +102,7 @@ def _is_browser() -> bool:
 
 
 def requester() -> str:
-    """Return who asks, for the rate limit: the checked key, or the address."""
+    """Return who asks, for the rate limit and the shares of the engine: the checked key, or the address."""
     return getattr(g, "key", None) or str(request.remote_addr)
 
 
