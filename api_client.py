@@ -7,11 +7,8 @@ refused or failed, 2 wrong usage, 3 server not reachable, 130 stopped by Ctrl-C.
 tables of options and the views; nothing of the server is imported, so that help and mistakes are answered at once.
 """
 
-import functools
 import json
-import os
 import sys
-from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,53 +17,12 @@ try:
 except ModuleNotFoundError:  # the first mistake of many: a Python without the project's packages
     sys.exit("click is not installed for this Python; after `make setup` use .venv/bin/python api_client.py")
 
-from client.api import DEFAULT_URL, ApiClient, ApiError, Reply
+from client.api import ApiClient, Reply
+from client.commands import command, global_options
 from client.compare import compare, save_picture
 from client.follow import INTERRUPTED, follow, standing
 from client.options import SAMPLING, TRAINING, check_name, check_names, given, options, parse_settings, read_prompt
 from client.view import advise, note, print_dry_run, print_reply, raw, say
-
-# ---- how the commands are made
-
-
-def remember(context: click.Context, option: click.Parameter, value: object) -> None:
-    """Keep a global option wherever on the line it stands; the last one counts."""
-    if value is not None:
-        context.meta[str(option.name)] = value
-
-
-def global_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that every command takes."""
-    add = functools.partial(click.option, callback=remember, expose_value=False)
-    command = add("--json", is_flag=True, default=None, help="Print the raw reply.")(command)
-    command = add("--api_key", help="API key; else LM_SERVER_API_KEY.")(command)
-    return add("--url", help=f"Server; else LM_SERVER_URL, else {DEFAULT_URL}.")(command)
-
-
-def connect() -> ApiClient:
-    """Return the client that the options or the environment ask for."""
-    meta = click.get_current_context().meta
-    url = meta.get("url") or os.environ.get("LM_SERVER_URL") or DEFAULT_URL
-    return ApiClient(url, meta.get("api_key") or os.environ.get("LM_SERVER_API_KEY") or None)
-
-
-def command(group: click.Group, name: str) -> Callable[..., Any]:
-    """Register a function as a command that gets a client and takes the global options after its name, too."""
-
-    def register(function: Callable[..., None]) -> click.Command:
-        @functools.wraps(function)
-        def run(**values: Any) -> None:
-            client = connect()
-            try:
-                function(client, **values)
-            except (AttributeError, KeyError, TypeError) as error:
-                what = f"the answer of {client.url} has another shape than expected ({error!r})"
-                raise ApiError(f"{what}; is the server of this client's version?") from error
-
-        made: click.Command = group.command(name)(global_options(run))
-        return made
-
-    return register
 
 
 @click.group(
@@ -171,6 +127,7 @@ def generate(client: ApiClient, prompt: str, max_tokens: int | None, no_stream: 
 @click.option("--output_dir", required=True, help="Folder of the run: out/<name>.")
 @options(TRAINING)
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other setting; the value as JSON.")
+@click.option("--priority", type=int, help="Place among the jobs that wait: higher goes first; default 0.")
 @click.option("--follow", "live", is_flag=True, help="Watch the job until it ends.")
 @click.option("--dry_run", is_flag=True, help="Start nothing: try three iterations and say what it would be.")
 def train(client: ApiClient, settings: tuple[str, ...], live: bool, dry_run: bool, **config: Any) -> None:
@@ -205,7 +162,9 @@ def jobs(context: click.Context) -> None:
 @command(jobs, "list")
 def list_jobs(client: ApiClient) -> None:
     """List the training jobs."""
-    print_reply(client.jobs(), "jobs", "name state iter_num max_iters loss val_loss tokens_per_second error")
+    print_reply(
+        client.jobs(), "jobs", "name state queue_position iter_num max_iters loss val_loss tokens_per_second error"
+    )
 
 
 name_argument = click.argument("name", callback=check_name)
@@ -277,6 +236,14 @@ def resume(client: ApiClient, name: str, max_iters: int | None) -> None:
     """Go on with a job that has ended, from its last checkpoint."""
     print_standing(client.resume(name, given({"max_iters": max_iters})))
     advise(client, follow=f"jobs follow {name}")
+
+
+@command(jobs, "priority")
+@name_argument
+@click.argument("priority", type=int)
+def prioritize(client: ApiClient, name: str, priority: int) -> None:
+    """Move a waiting job in the queue: a higher PRIORITY goes first. Write a negative one after --."""
+    print_standing(client.prioritize(name, {"priority": priority}))
 
 
 @command(jobs, "delete")

@@ -208,6 +208,7 @@ class ApiClient:
     log = partialmethod(on_job, "GET", "/log")
     stop = partialmethod(on_job, "POST", "/stop")
     resume = partialmethod(on_job, "POST", "/resume")
+    prioritize = partialmethod(on_job, "POST", "/priority")
     delete_job = partialmethod(on_job, "DELETE", "")
     datasets = partialmethod(call, "GET", "/api/datasets")
     export = partialmethod(call, "POST", "/api/export", seconds=LONG_SECONDS)

@@ -6,6 +6,7 @@
     ├── NotLoadable    it is there, but damaged, hostile or not ours          (HTTP 422)
     ├── Exists         something has this name already                        (HTTP 409)
     ├── NoSpace        the disk has too little room for what was asked        (HTTP 409)
+    ├── NotWritable    the folder may only be read                            (HTTP 409)
     ├── TooLarge       an upload is larger than the limit                     (HTTP 413)
     └── Unreachable    it would have to come from a hub that does not answer  (HTTP 503)
 
@@ -35,6 +36,10 @@ class Exists(StorageError):
 
 class NoSpace(StorageError):
     """Too little room on the disk."""
+
+
+class NotWritable(StorageError):
+    """A folder that may only be read."""
 
 
 class TooLarge(StorageError):

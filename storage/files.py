@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from storage.errors import BadName, NoSpace, NotFound, NotLoadable
+from storage.errors import BadName, NoSpace, NotFound, NotLoadable, NotWritable
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # of runs, datasets, models, and of each part of a path
 NAME_RULE = "a name has 1 to 64 letters, digits, '.', '_' or '-' and begins with a letter or digit"
@@ -211,28 +211,41 @@ def temporary_beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
+@contextlib.contextmanager
+def disk_errors_explained(name: str) -> Iterator[None]:
+    """Raise NoSpace or NotWritable for what a full or read-only disk does to a write of `name` inside."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpace(f"the disk is full: {name} could not be written") from e
+        if e.errno == errno.EROFS:
+            raise NotWritable(f"the disk is read-only: {name} could not be written") from e
+        raise
+
+
 def replace_file(path: Path, write: Callable[[BinaryIO], None], verify: Callable[[Path], None] | None = None) -> None:
     """Replace `path` by what `write` writes, durably, or change nothing.
 
     Order: temporary file in the same folder, write, fsync, `verify(temporary)`, rename, fsync of the folder.
     Whatever raises on the way, a failed fsync too, is a failed write: the temporary file is removed, the old
-    file stays. A full disk raises NoSpace, other failures of the system OSError.
+    file stays. A full disk raises NoSpace, a read-only one NotWritable, other failures of the system OSError.
     """
     temporary = temporary_beside(path)
-    try:
-        with open(temporary, "xb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        if verify is not None:
-            verify(temporary)
-        os.replace(temporary, path)
-    except BaseException as e:
-        temporary.unlink(missing_ok=True)
-        if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise NoSpace(f"the disk is full: {path.name} could not be written") from e
-        raise
-    sync_folder(path.parent)
+    with disk_errors_explained(path.name):
+        try:
+            with open(temporary, "xb") as f:
+                write(f)
+                f.flush()
+                os.fsync(f.fileno())
+            if verify is not None:
+                verify(temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):  # what went wrong first is what is told
+                temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
 
 
 def sweep_temporary(folder: Path) -> None:
@@ -252,6 +265,12 @@ def free_bytes(path: Path) -> int:
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
+
+
+def require_writable(folder: Path) -> None:
+    """Raise NotWritable for a folder in which nothing can be made."""
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise NotWritable(f"{folder.name}/ is read-only, so nothing can be kept there")
 
 
 def require_space(path: Path, needed: int) -> None:

@@ -186,7 +186,7 @@ class FakeJob:
     """A training job that does nothing by itself."""
 
     def __init__(self, name: str, config: TrainConfig, process_id: int | None):
-        self.name, self.config, self.process_id = name, config, process_id
+        self.name, self.config, self.process_id, self.priority = name, config, process_id, 0
         self.state = "queued" if process_id is None else "running"
 
     def sample(self) -> dict[str, Any] | None:
@@ -197,6 +197,7 @@ class FakeJob:
         numbers = {"iter_num": 0, "max_iters": max_iters, "loss": None, "val_loss": None, "best_val_loss": None}
         times = {"created": time.time(), "started": None, "finished": None, "eta_seconds": None}
         rest = {"tokens_per_second": None, "error": None, "process_id": self.process_id, "queue_position": None}
+        rest |= {"priority": self.priority}
         return {"name": self.name, "state": self.state, **numbers, **times, **rest, "config": self.config.given()}
 
 
@@ -208,7 +209,7 @@ class FakeJobs:
         self.jobs: dict[str, FakeJob] = {}
         self.closed = False
 
-    def create(self, config: TrainConfig) -> FakeJob:
+    def create(self, config: TrainConfig, priority: int = 0) -> FakeJob:
         run = self.workspace.run_from_output_dir(config.output_dir)
         if run.name in self.jobs:
             raise JobBusy(f"output_dir is {run.relative}; a job is using it")
@@ -216,7 +217,15 @@ class FakeJobs:
         run.folder.mkdir(parents=True, exist_ok=True)
         run.config.write_text(json.dumps(config.given()))
         self.jobs[run.name] = FakeJob(run.name, resolve(config), None if running else 4321)
+        self.jobs[run.name].priority = priority
         return self.jobs[run.name]
+
+    def set_priority(self, name: str, priority: int) -> FakeJob:
+        job = self.get(name)
+        if job.state != "queued":
+            raise JobBusy(f"job {name} is {job.state}; only a waiting one has a place to change")
+        job.priority = priority
+        return job
 
     def list(self) -> Iterable[FakeJob]:
         return tuple(self.jobs.values())

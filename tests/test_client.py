@@ -69,6 +69,7 @@ class FakeServer(ThreadingHTTPServer):
             "GET /api/jobs/mine/log": lambda: self.log(query),
             "POST /api/jobs/mine/stop": lambda: self.job | {"state": "stopped"},
             "POST /api/jobs/mine/resume": lambda: self.job | {"state": "queued"},
+            "POST /api/jobs/mine/priority": lambda: self.job | {"state": "queued", "queue_position": 1},
             "DELETE /api/jobs/mine": lambda: self.job,
             "GET /api/datasets": lambda: {"datasets": [{"name": "stdlib", "bytes": 12, "tokens": {"gpt2": 5}}]},
             "DELETE /api/datasets/notes": lambda: {"message": "Dataset notes deleted"},
@@ -339,6 +340,14 @@ def test_stop_resume_and_delete_call_the_server(server):
         ("POST", "/api/jobs/mine/resume", {"max_iters": 80}),
         ("DELETE", "/api/jobs/mine", b""),
     ]
+
+
+def test_a_waiting_job_is_moved_in_the_queue(server):
+    assert run("jobs", "priority", "mine", "5").stdout == "mine queued  place 1 in the queue\n"
+    run("jobs", "priority", "mine", "--", "-5")
+    assert [body for _, _, body in server.requests] == [{"priority": 5}, {"priority": -5}]
+    run("train", "--dataset", "x", "--output_dir", "out/x", "--priority", "3")
+    assert server.requests[-1][2]["priority"] == 3
 
 
 def test_delete_asks_first_and_no_is_no(server):

@@ -53,7 +53,7 @@ class Jobs(ApiClient):
 
 @pytest.fixture
 def run(monkeypatch):
-    monkeypatch.setattr("api_client.ApiClient", Jobs)
+    monkeypatch.setattr("client.commands.ApiClient", Jobs)
     return lambda *words: CliRunner().invoke(cli, ["jobs", *words])
 
 

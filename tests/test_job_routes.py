@@ -64,7 +64,7 @@ def test_a_wrong_training_is_refused_by_name(server, wrong, words):
 
 
 def test_a_model_that_cannot_be_fetched_is_no_fault_of_the_server(server, monkeypatch):
-    def fail(config):
+    def fail(config, priority):
         raise Unreachable("gpt2 is not on this machine and the hub does not answer")
 
     monkeypatch.setattr(server.jobs, "create", fail)
@@ -97,6 +97,22 @@ def test_a_job_stops_goes_on_and_is_deleted(server):
     server.client.post("/api/jobs/shakespeare_model/stop")
     assert server.client.delete("/api/jobs/shakespeare_model").json["deleted"] is True
     assert server.get("/api/jobs/shakespeare_model").status_code == 404
+
+
+def test_a_waiting_job_is_moved_in_the_queue_and_a_running_one_is_not(server):
+    server.post("/api/train", TRAIN)
+    waiting = server.post("/api/train", TRAIN | {"output_dir": "out/second", "priority": 3}).json
+    assert waiting["job"]["priority"] == 3 and "priority" not in waiting["config"]
+    assert server.post("/api/jobs/second/priority", {"priority": -7}).json["priority"] == -7
+    assert server.post("/api/jobs/shakespeare_model/priority", {"priority": 1}).status_code == 409
+    assert server.post("/api/jobs/nobody/priority", {"priority": 1}).status_code == 404
+
+
+@pytest.mark.parametrize("priority", [101, -101, 1.5, "high", None, True])
+def test_a_priority_that_is_none_is_refused_by_name(server, priority):
+    server.post("/api/train", TRAIN)
+    reply = server.post("/api/jobs/shakespeare_model/priority", {"priority": priority})
+    assert reply.status_code == 400 and "priority" in reply.json["error"]
 
 
 def test_an_empty_body_resumes_with_the_old_end(server):

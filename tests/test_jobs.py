@@ -5,6 +5,7 @@ import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,8 @@ import pytest
 from storage.errors import BadName, NoSpace, NotFound, StorageError
 from storage.files import write_json
 from storage.runs import Workspace
-from training import jobs as jobs_module
+from training import disk_space, metrics
 from training import log as job_log
-from training import metrics
 from training.config import ConfigError, TrainConfig
 from training.jobs import JobBusy, JobManager
 from training.local_backend import LocalBackend
@@ -124,6 +124,12 @@ def wait_for(manager: JobManager, name: str, state: str, seconds=10.0) -> dict:
     return manager.get(name).describe()
 
 
+def places(manager: JobManager) -> dict[str, int]:
+    """Return the waiting jobs with their places, the next one first."""
+    found = {job.name: job.describe()["queue_position"] for job in manager.list()}
+    return {name: at for at, name in sorted((at, name) for name, at in found.items() if at is not None)}
+
+
 # ---- what must not be lost
 
 
@@ -193,6 +199,36 @@ def test_more_jobs_than_max_jobs_wait_in_order(place):
     assert [job.name for job in manager.list()] == ["a", "b", "c", "d"]
 
 
+def test_a_job_of_higher_priority_goes_first_and_among_equals_who_came_first(place):
+    manager = place.manager()
+    for name, priority in (("a", 0), ("b", 0), ("c", 5), ("d", 5), ("e", -1)):
+        manager.create(config(name), priority)
+    assert list(places(manager)) == ["c", "d", "b", "e"], "a runs, and goes on running"
+    place.backend.end("a", state="succeeded", iter_num=1)
+    wait_for(manager, "c", "running")
+    assert list(places(manager)) == ["d", "b", "e"] and manager.get("d").describe()["priority"] == 5
+
+
+def test_a_waiting_job_can_be_moved_and_keeps_its_place_over_a_restart(place):
+    manager = place.manager()
+    for name in "abcd":
+        manager.create(config(name))
+    assert manager.set_priority("d", 1).describe()["queue_position"] == 1
+    manager.set_priority("b", -1)
+    assert list(places(manager)) == list(places(place.restart())) == ["d", "c", "b"]
+
+
+def test_only_a_waiting_job_has_a_place_to_change(place):
+    manager = place.manager()
+    manager.create(config("a"))
+    with pytest.raises(JobBusy, match="out/a has a job that is running; only a waiting one"):
+        manager.set_priority("a", 1)
+    manager.stop("a")
+    wait_for(manager, "a", "stopped")
+    with pytest.raises(JobBusy, match="stopped"):
+        manager.set_priority("a", 1)
+
+
 def test_of_fifty_racing_requests_for_one_folder_exactly_one_wins(place):
     manager = place.manager(max_jobs=4)
 
@@ -251,7 +287,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(place, fields, e
 
 
 def test_too_little_disk_space_is_refused_with_both_numbers(place, monkeypatch):
-    monkeypatch.setattr(jobs_module.disk_space, "needed", lambda config: 10**18)
+    monkeypatch.setattr(disk_space, "needed", lambda config: 10**18)
     with pytest.raises(NoSpace, match="MB are needed and the disk has"):
         place.manager().create(config())
 
@@ -265,7 +301,8 @@ def test_a_link_in_out_is_never_written_through(place, tmp_path):
 
 def test_an_unknown_job_is_not_found_and_a_bad_name_is_refused(place):
     manager = place.manager()
-    for method in (manager.get, manager.stop, manager.resume, manager.delete, manager.log_tail):
+    moved = partial(manager.set_priority, priority=1)
+    for method in (manager.get, manager.stop, manager.resume, manager.delete, manager.log_tail, moved):
         with pytest.raises(NotFound):
             method("nothing")
         with pytest.raises(BadName):

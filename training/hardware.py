@@ -29,6 +29,16 @@ def available_memory() -> int | None:
     return int(fields["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in fields else None
 
 
+def memory_kills() -> int:
+    """Return how many processes this system has ended because memory ran out; 0 where it does not say."""
+    try:
+        with open("/proc/vmstat") as f:
+            fields = dict(line.split() for line in f)
+    except OSError:
+        return 0
+    return int(fields.get("oom_kill", 0))
+
+
 def choose_device(asked: str, there: Mapping[str, int], local_rank: int) -> str:
     """Return the device that `asked` means where `there` are so many of each kind, best kind first.
 

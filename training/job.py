@@ -48,9 +48,11 @@ class Status:
     exit_code: int | None = None
     identity: ProcessIdentity | None = None
     resume: bool = False  # whether the trainer goes on from a checkpoint
-    order: int = 0  # place in the queue: lower is earlier
+    order: int = 0  # when it came to the queue: lower is earlier
+    priority: int = 0  # higher goes first, whenever it came
     stopping: bool = False  # somebody has asked for its end
     killed: bool = False  # and it did not come in time
+    memory_kills: int = 0  # how often the system had ended a process for memory when this one started
 
     def write(self, run: Run) -> None:
         """Replace the run's status.json."""
@@ -130,6 +132,7 @@ class Job:
             "process_id": status.identity.pid if running and status.identity is not None else None,
             "stopping": running and status.stopping,
             "queue_position": self.position,
+            "priority": status.priority,
             "output_dir": self.run.relative,
             "has_checkpoint": self.run.checkpoint.exists(),
             "config": config,

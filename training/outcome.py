@@ -18,7 +18,8 @@ from training.config import ConfigError, TrainConfig
 from training.metrics import finite
 from training.stop_signal import Stopped
 
-NO_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc")  # as PyTorch and C++ say it
+OUT_OF_MEMORY = "out of memory"  # how the error of such a job begins
+NO_MEMORY = (OUT_OF_MEMORY, "can't allocate memory", "Cannot allocate memory", "bad_alloc")  # as PyTorch and C++ say it
 
 
 class Diverged(Exception):
@@ -33,7 +34,7 @@ def explain(error: BaseException, config: TrainConfig | None, iter_num: int) -> 
         return 1, str(error)
     if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
         size = "" if config is None else f" ({config.batch_size})"
-        return 1, f"out of memory; lower batch_size{size} or window, or choose a smaller model"
+        return 1, f"{OUT_OF_MEMORY}; lower batch_size{size} or window, or choose a smaller model"
     return 1, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 

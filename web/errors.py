@@ -10,7 +10,7 @@
     │   ├── Exists                   409     (400 under /v1)
     │   ├── TooLarge                 413
     │   ├── NotLoadable              422
-    │   ├── NoSpace                  409     (400 under /v1)
+    │   ├── NoSpace, NotWritable     409     (400 under /v1)
     │   └── Unreachable              503
     ├── JobBusy                      409     (400 under /v1)
     ├── InferenceError
@@ -112,7 +112,7 @@ def _of_storage(error: storage.StorageError, openai: bool) -> Problem:
         return Problem(422, text, "not_loadable")
     if isinstance(error, storage.TooLarge):
         return Problem(413, text)
-    if isinstance(error, storage.NoSpace | storage.Exists):
+    if isinstance(error, storage.NoSpace | storage.NotWritable | storage.Exists):
         return Problem(400 if openai else 409, text)
     if isinstance(error, storage.Unreachable):
         return Problem(503, text, "hub_unreachable", headers=_retry(60))

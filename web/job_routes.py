@@ -41,6 +41,7 @@ from web.schemas import (
     NamePath,
     NoFields,
     PlotQuery,
+    PriorityBody,
     ResumeBody,
     Rows,
     TrainBody,
@@ -88,7 +89,7 @@ def train(body: TrainBody) -> dict[str, Any]:
     if body.dry_run:
         return _dry_run(context(), body.config())
     try:
-        job = context().jobs.create(body.config()).describe()
+        job = context().jobs.create(body.config(), body.priority).describe()
     except Unreachable as error:  # the server is well; it is this job that cannot be
         raise Refused(422, str(error)) from None
     started = job["process_id"] is not None
@@ -133,6 +134,12 @@ def stop_job(path: NamePath, body: NoFields) -> dict[str, Any]:
 def resume_job(path: NamePath, body: ResumeBody) -> dict[str, Any]:
     """Go on with a job that has ended, from its last checkpoint."""
     return context().jobs.resume(path.name, max_iters=body.max_iters).describe()
+
+
+@routes.post("/api/jobs/<name>/priority", responses={200: Job, 404: Error, 409: Error})
+def prioritize_job(path: NamePath, body: PriorityBody) -> dict[str, Any]:
+    """Move a waiting job in the queue: higher goes first, and among equals who came first."""
+    return context().jobs.set_priority(path.name, body.priority).describe()
 
 
 @routes.get("/api/jobs/<name>/metrics", responses={200: Rows, 404: Error})

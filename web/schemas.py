@@ -18,6 +18,7 @@ from training.strict_model import StrictModel, shown
 MAX_SAMPLES = 16
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
+PRIORITY = "among the jobs that wait: higher goes first, and among equals who came first"
 
 StopStrings = Annotated[
     Any,
@@ -139,6 +140,12 @@ class ResumeBody(StrictModel):
     max_iters: int | None = Field(None, ge=1, le=1_000_000_000, description="a new last iteration")
 
 
+class PriorityBody(StrictModel):
+    """Where a waiting job stands in the queue."""
+
+    priority: int = Field(ge=-100, le=100, description=PRIORITY)
+
+
 class TrainBody(TrainConfig):
     """A training run, or only a trial of it."""
 
@@ -146,9 +153,11 @@ class TrainBody(TrainConfig):
         False, description="start nothing; try three iterations and answer with tokens, epochs, time, memory, warnings"
     )
 
+    priority: int = Field(0, ge=-100, le=100, description=PRIORITY)
+
     def config(self) -> TrainConfig:
         """Return the training run alone."""
-        return TrainConfig.parse(self.model_dump(exclude={"dry_run"}, exclude_none=True))
+        return TrainConfig.parse(self.model_dump(exclude={"dry_run", "priority"}, exclude_none=True))
 
 
 class ExportBody(StrictModel):

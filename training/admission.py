@@ -1,0 +1,70 @@
+"""What must hold before a job may start: refused here at once, what the trainer would refuse after a while.
+
+Nothing here writes. Whether the run's folder is free is for the JobManager to say, which knows the other jobs.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from storage import datasets, hub, registry, tokenizer
+from storage.errors import BadName, NotFound
+from storage.files import require_space, require_writable
+from storage.runs import Run, Workspace
+from training import disk_space
+from training.config import ConfigError, TrainConfig
+from training.starting_point import reference, require_elsewhere
+
+Allow = Callable[[registry.ModelReference], None]
+
+
+def allow_all(start: registry.ModelReference) -> None:
+    """Let jobs start from any model."""
+
+
+def has_weights(run: Run) -> bool:
+    """Say whether a run has something in its folder that training has made."""
+    try:
+        run.describe()
+    except NotFound:
+        return False
+    return True
+
+
+def require_folder(run: Run) -> None:
+    """Raise BadName if the run's folder is a link or a file."""
+    if run.folder.is_symlink() or (run.folder.exists() and not run.exists()):
+        raise BadName(f"{run.relative} is not a folder")
+
+
+def require_room(workspace: Workspace, run: Run, config: TrainConfig | None) -> None:
+    """Raise NoSpace or ReadOnly unless a new run by a resolved `config`, or with None its resumption, can be kept."""
+    require_writable(workspace.out)
+    require_space(workspace.out, disk_space.of_resumed(run) if config is None else disk_space.needed(config))
+
+
+def check(config: TrainConfig, workspace: Workspace, run: Run, allow: Allow = allow_all) -> None:
+    """Refuse a resolved config whose data or starting point would not do. Raises StorageError, ConfigError."""
+    source = datasets.dataset(workspace, config.dataset)
+    name = config.tokenizer or "auto"
+    if config.init_from == "resume":
+        raise ConfigError(f"init_from is resume; POST /api/jobs/<name>/resume goes on with {config.output_dir}")
+    if config.init_from != "scratch":
+        start = reference(config, workspace)
+        allow(start)
+        require_elsewhere(config, run)
+        offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+        if start.kind == "pretrained" and offline:
+            hub.fetch(start.id, workspace)  # finds it here, or refuses
+        beside = None if start.path is None else (start.path if start.path.is_dir() else start.path.parent)
+        if beside is not None and (beside / "tokenizer.json").exists():
+            name = tokenizer.load(beside / "tokenizer.json").name
+        elif start.kind == "pretrained":
+            name = "gpt2"
+    source.check(name, config.window or config.block_size)
+
+
+def downloads(config: dict[str, Any], workspace: Workspace) -> bool:
+    """Say whether a run has to fetch its weights from a hub first."""
+    fetched = config.get("model_type") if config.get("init_from") == "pretrained" else config.get("init_from")
+    return fetched in registry.PRETRAINED and registry.local_folder(workspace, str(fetched)) is None

@@ -1,0 +1,44 @@
+"""How a job ended: as its trainer says in result.json, or as the system and the log tell of one that said nothing."""
+
+import signal
+
+from storage.runs import Run
+from training import log as job_log
+from training.job import ENDED, Status, read_object
+from training.outcome import OUT_OF_MEMORY
+
+Ending = tuple[str, str | None, int | None]  # state, error, exit code
+
+
+def _killed_by(number: int, memory_ran_out: bool, last: str) -> str:
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        return f"exit code {-number}{last}"
+    if number != signal.SIGKILL:
+        return f"killed by {name}{last}"
+    if memory_ran_out:
+        return f"{OUT_OF_MEMORY}: the system ended it; lower batch_size or window, or choose a smaller model{last}"
+    return f"killed by {name}, perhaps because memory ran out{last}"
+
+
+def how_it_ended(run: Run, status: Status, code: int | None, grace: float, memory_ran_out: bool) -> Ending:
+    """Return state, error and exit code of an ended trainer; `code` is None if nobody can know it.
+
+    `memory_ran_out` says whether the system has ended some process for memory while this one ran.
+    """
+    result = read_object(run.result)
+    if result.get("state") in ENDED:
+        return result["state"], result.get("error"), result.get("exit_code")
+    if status.killed:
+        late = f"it did not end within {grace:g} s and was killed; work since its last checkpoint is lost"
+        return "stopped", late, code
+    if status.stopping:
+        return "stopped", None, code
+    last = job_log.last_lines(run.log)
+    last = f"; its last words: {last}" if last else ""
+    if code is None:
+        return "lost", f"it ended without saying how: killed, or while no server looked{last}", None
+    if code < 0:
+        return "failed", _killed_by(-code, memory_ran_out, last), code
+    return "failed", f"exit code {code}{last}", code
