@@ -2,6 +2,7 @@
 PYTHON ?= python3
 PORT ?= 5000
 PIP_FLAGS ?=
+BENCH_FLAGS ?=
 BIN := .venv/bin
 PY := $(BIN)/python
 
@@ -53,7 +54,9 @@ check: lint test
 	@git ls-files '*.py' '*.cpp' | xargs wc -l | sort -n | tail -8
 
 bench: dev
-	$(PY) -m bench.bench_generate
+	$(PY) -m bench.bench_generate --dtype bf16 $(BENCH_FLAGS)
+	$(PY) -m bench.bench_generate --dtype int8 $(BENCH_FLAGS)
+	$(PY) -m bench.bench_generate --dtype torch $(BENCH_FLAGS)
 	$(PY) -m bench.bench_train
 
 clean:

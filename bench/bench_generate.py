@@ -1,150 +1,221 @@
-"""Generation: our engine against transformers' `generate`, on the same random GPT-2 124M weights, in one run.
+"""Generation: our engine and its peers, side by side in one run, on GPT-2 124M with random weights.
 
-    .venv/bin/python -m bench.bench_generate [--dtype bf16,fp32,int8] [--rounds 3] [--small]
+    .venv/bin/python -m bench.bench_generate [--dtype bf16] [--peers llama,openvino,transformers] [--rounds 3]
+        [--llama_dir FOLDER] [--peer_python PYTHON] [--small]
 
-One request and 16 at once; prompts of 64 tokens, 128 new ones, greedy, end-of-text ignored. Measured are the
-time to the first token, tokens per second after it (decode) and tokens per second over all (16 at once).
-transformers runs fp32 and bf16 with its KV cache, the 16 as one static batch, which is its best case.
+The reference work: prompts of 64 random tokens, 128 new ones, greedy, end-of-text ignored, 2 threads; one
+request, and 16 at once; and the first token of a prompt of 512. A peer that is not installed is said to be
+absent. Each contestant has a process of its own and they take turns at each work; before every round the memory's
+read bandwidth is measured, which bounds one request: all weights are read for each token.
+`--dtype torch` compares the torch runner, which serves where the native one cannot.
 """
 
 import argparse
-import time
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
+from bench import peer_llama
+from bench.contestant import Absent, Contestant, Process, Result
+from bench.measure import Figure, Noise, comparison, machine, ratio, read_bandwidth
+from bench.reference_model import WORK, decode_weights, model_folder, prompts
+from storage.pretrained import load_folder
 
-from bench.measure import Figure, machine, rounds, table
-from inference.engine import Engine
-from inference.sequence import SamplingParams
-from model import GPT, GPTConfig
-from storage.registry import ModelReference
-from storage.runs import Workspace
-
-PROMPT, NEW = 64, 128
+NEW = 128
+BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 
 
-@dataclass
-class RandomTokenizer:
-    """A tokenizer of which the engine only needs a size: the benchmark speaks in token ids."""
+@dataclass(frozen=True)
+class Column:
+    """One figure of the table: of which work (requests, prompt tokens, new tokens), and what of its result."""
 
-    n_vocab: int
-    eot: int | None = None
-    fingerprint: str = "0" * 16
-
-
-@dataclass
-class Loaded:
-    model: GPT
-    tokenizer: Any
+    title: str
+    work: tuple[int, int, int]
+    value: Callable[[Result], float]
+    digits: int = 0
+    less_is_better: bool = False
 
 
-def our_engine(model: GPT, dtype: str, threads: int) -> Engine:
-    def load(_reference: ModelReference, _workspace: Workspace) -> Any:
-        copy = GPT(model.config)
-        copy.load_state_dict(model.state_dict())
-        return Loaded(copy.eval(), RandomTokenizer(model.config.vocab_size))
+ONE, SIXTEEN, LONG = (1, 64, NEW), (16, 64, NEW), (1, 512, 1)
+COLUMNS = (
+    Column("1 request, tokens/s", ONE, lambda r: r.decode),
+    Column("16 requests, tokens/s", SIXTEEN, lambda r: r.decode),
+    Column("16, with prompts, tokens/s", SIXTEEN, lambda r: r.total),
+    Column("first token, ms", ONE, lambda r: r.first * 1e3, 1, True),
+    Column("of 512, ms", LONG, lambda r: r.first * 1e3, 0, True),
+    Column("of 16 x 64, ms", SIXTEEN, lambda r: r.first * 1e3, 0, True),
+    Column("peak RSS, MB", SIXTEEN, lambda r: r.peak_mb, 0, True),
+)
 
-    engine = Engine(Workspace(Path(".")), device="cpu", dtype=dtype, threads=threads, loader=load)
-    engine.load(ModelReference("random", "folder", None, "random"))
-    return engine
-
-
-def ours(engine: Engine, prompts: list[list[int]], new: int) -> tuple[float, float, float]:
-    """Return first-token seconds (the median of the requests), decode tokens/s and total tokens/s."""
-    served = engine.served()
-    assert served is not None
-    params = SamplingParams(max_new_tokens=new, temperature=0.0, ignore_eos=True)
-    start = time.perf_counter()
-    handles = [engine.submit(served, ids, params) for ids in prompts]
-    counts = [sum(1 for _ in handle) for handle in handles]
-    seconds = time.perf_counter() - start
-    assert counts == [new] * len(prompts), counts
-    firsts = [engine.request(handle.id)["first_token_seconds"] for handle in handles]  # type: ignore[index]
-    first = sorted(firsts)[len(firsts) // 2]
-    return first, len(prompts) * (new - 1) / max(seconds - max(firsts), 1e-9), len(prompts) * new / seconds
-
-
-def as_transformers(model: GPT, dtype: torch.dtype) -> Any:
-    """Return GPT2LMHeadModel with the same weights; its Conv1D keeps linear weights transposed."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    c = model.config
-    peer = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head
-        )
-    )
-    turned = ("c_attn.weight", "c_fc.weight", "c_proj.weight")
-    state = {name: w.t() if name.endswith(turned) else w for name, w in model.state_dict().items()}
-    peer.load_state_dict(state)
-    return peer.to(dtype).eval()
+# What is aimed at: at least so many times as fast as the peer, by the start of its name, in a column.
+TARGETS: dict[str, dict[tuple[str, str], float]] = {
+    "bf16": {
+        ("llama.cpp", COLUMNS[0].title): 1.25,
+        ("OpenVINO", COLUMNS[0].title): 1.25,
+        ("llama.cpp", COLUMNS[1].title): 2.6,
+        ("OpenVINO", COLUMNS[1].title): 1.6,
+        ("transformers", COLUMNS[0].title): 4.0,
+    },
+    "int8": {
+        ("llama.cpp", COLUMNS[0].title): 1.6,
+        ("OpenVINO", COLUMNS[0].title): 1.6,
+        ("llama.cpp", COLUMNS[1].title): 3.3,
+        ("OpenVINO", COLUMNS[1].title): 1.6,
+        ("transformers", COLUMNS[0].title): 4.0,
+    },
+    "torch": {("transformers", COLUMNS[0].title): 1.5, ("transformers", COLUMNS[1].title): 1.5},
+}
+for _dtype in ("bf16", "int8"):
+    TARGETS[_dtype] |= {("OpenVINO", column.title): 1.0 for column in COLUMNS[3:6]}
 
 
-def theirs(peer: Any, prompts: list[list[int]], new: int) -> tuple[float, float, float]:
-    """Return the same three figures of transformers; the first token's is a run of one token."""
-    ids = torch.tensor(prompts)
-    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
-    with torch.inference_mode():
-        start = time.perf_counter()
-        peer.generate(ids, max_new_tokens=1, **options)
-        first = time.perf_counter() - start
-        start = time.perf_counter()
-        peer.generate(ids, max_new_tokens=new, min_new_tokens=new, **options)
-        seconds = time.perf_counter() - start
-    return first, len(prompts) * (new - 1) / max(seconds - first, 1e-9), len(prompts) * new / seconds
+class Lineup:
+    """The contestants that can take part, ours first, and why the others cannot."""
+
+    def __init__(self) -> None:
+        self.present: list[Contestant] = []
+        self.said: list[str] = []
+
+    def add(self, name: str, make: Callable[[], Contestant], versions: str = "") -> None:
+        """Start a contestant, or note why it is absent."""
+        try:
+            contestant = make()
+        except Absent as e:
+            self.said.append(f"absent: {name} ({e})")
+            return
+        self.present.append(contestant)
+        self.said.append(f"{name}: {contestant.versions if isinstance(contestant, Process) else versions}")
+
+    def close(self) -> None:
+        """End all."""
+        for contestant in self.present:
+            contestant.close()
 
 
-def measure(contestants: dict[str, Callable[..., tuple[float, float, float]]], count: int, n: int, new: int) -> None:
-    """Print one table per figure for `count` requests at once."""
-    prompts = torch.randint(0, 50257, (count, PROMPT), generator=torch.Generator().manual_seed(1)).tolist()
-    for run in contestants.values():
-        run(prompts, 4)  # warm
-    seen: dict[str, list[tuple[float, float, float]]] = {name: [] for name in contestants}
+def ours(folder: Path, dtype: str, threads: int, *more: str, name: str | None = None) -> Contestant:
+    """Start our engine."""
+    command = [sys.executable, "-m", "bench.ours", str(folder), "--dtype", dtype, "--threads", str(threads), *more]
+    return Process(name or f"ours {dtype}", command)
 
-    def once(name: str) -> float:
-        seen[name].append(contestants[name](prompts, new))
-        return seen[name][-1][1]
 
-    _, others = rounds({name: partial(once, name) for name in contestants}, n)
-    ours_name = next(iter(contestants))
-    for i, (title, unit, digits) in enumerate(
-        (("first token", "ms", 1), ("decode", "tokens/s", 0), ("all", "tokens/s", 0))
-    ):
-        scale = 1000.0 if i == 0 else 1.0
-        figures = {name: Figure([x[i] * scale for x in rows]) for name, rows in seen.items()}
-        print(table(f"{count} request{'s' if count > 1 else ''}: {title}", unit, figures, ours_name, digits))
-    print(f"({n} rounds; others used {others:.2f} cores meanwhile)\n", flush=True)
+def transformers(folder: Path, dtype: str, args: argparse.Namespace, *more: str) -> Contestant:
+    """Start transformers."""
+    command = [args.peer_python, "-m", "bench.peer_transformers", str(folder), "--dtype", dtype]
+    return Process(f"transformers {dtype}", [*command, "--threads", str(args.threads), *more])
+
+
+def openvino(folder: Path, dtype: str, args: argparse.Namespace) -> Contestant:
+    """Start OpenVINO."""
+    command = [args.peer_python, "-m", "bench.peer_openvino", str(folder), "--dtype", dtype]
+    work = str(folder.parent / "openvino")
+    return Process(f"OpenVINO {dtype}", [*command, "--threads", str(args.threads), "--work", work])
+
+
+def llama(folder: Path, dtype: str, args: argparse.Namespace) -> Contestant:
+    """Prepare llama.cpp."""
+    bench = peer_llama.program("llama-batched-bench", args.llama_dir)
+    model = peer_llama.gguf_file(folder, folder.parent, dtype, args.peer_python)
+    return peer_llama.Llama(f"llama.cpp {peer_llama.KINDS[dtype]}", bench, model, args.threads)
+
+
+def lineup(folder: Path, args: argparse.Namespace) -> Lineup:
+    """Start the contestants of one table."""
+    found, peers, dtype = Lineup(), args.peers.split(","), args.dtype
+    if dtype == "torch":
+        for kind in ("fp32", "bf16"):
+            name = f"ours {kind}, torch runner"
+            found.add(name, partial(ours, folder, kind, args.threads, "--runner", "torch", name=name))
+            if "transformers" in peers:
+                found.add(f"transformers {kind}", partial(transformers, folder, kind, args))
+        return found
+    found.add(f"ours {dtype}", partial(ours, folder, dtype, args.threads))
+    if "llama" in peers:
+        try:
+            versions = peer_llama.version(args.llama_dir)
+        except Absent:
+            versions = ""
+        found.add(f"llama.cpp {peer_llama.KINDS[dtype]}", partial(llama, folder, dtype, args), versions)
+    if "openvino" in peers:
+        found.add(f"OpenVINO {dtype}", partial(openvino, folder, dtype, args))
+    if "transformers" in peers:
+        kind = "fp32" if dtype == "fp32" else "bf16"
+        found.add(f"transformers {kind}", partial(transformers, folder, kind, args))
+    return found
+
+
+def measure(
+    contestants: list[Contestant], columns: tuple[Column, ...], vocab_size: int, rounds: int
+) -> tuple[dict[str, dict[str, Figure]], Figure, float]:
+    """Return figures by column and contestant, the read bandwidth in GB/s, and the cores that others used."""
+    works = list(dict.fromkeys(column.work for column in columns))
+    figures = {column.title: {c.name: Figure() for c in contestants} for column in columns}
+    bandwidth, noise = Figure(), Noise()
+    for turn in range(-1, rounds):  # the first warms up
+        for place, (count, length, new) in enumerate(works):
+            ids = prompts(count, length, vocab_size, 100 * turn + place)
+            if turn >= 0 and place == 0:
+                bandwidth.samples.append(read_bandwidth())
+            for c in contestants:
+                result = c.run(ids, new if turn >= 0 else min(new, 4))
+                for column in columns:
+                    if turn >= 0 and column.work == (count, length, new):
+                        figures[column.title][c.name].samples.append(column.value(result))
+        if turn < 0:
+            noise = Noise()
+    return figures, bandwidth, noise.cores()
+
+
+def report(
+    figures: Mapping[str, Mapping[str, Figure]], columns: tuple[Column, ...], against: list[tuple[str, str]], dtype: str
+) -> str:
+    """Return the tables: all figures, and how many times as fast each of ours is as its peers, with the targets."""
+    shown = {column.title: column.digits for column in columns}
+    less = {column.title for column in columns if column.less_is_better}
+    targets = {
+        (peer, title): bound
+        for _, peer in against
+        for (start, title), bound in TARGETS.get(dtype, {}).items()
+        if peer.startswith(start)
+    }
+    return comparison(figures, shown, less, against, targets)
+
+
+def pairs(names: list[str]) -> list[tuple[str, str]]:
+    """Return (ours, peer) for each peer: against the one of ours at its precision, or the only one."""
+    mine = [name for name in names if name.startswith("ours")]
+    precision = {name.split()[1].rstrip(","): name for name in mine}
+    return [(precision.get(name.split()[1], mine[0]), name) for name in names if name not in mine]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", default="bf16,fp32,int8", help="ours, separated by commas; the first is compared")
+    parser.add_argument("--dtype", choices=("bf16", "int8", "fp32", "torch"), default="bf16")
+    parser.add_argument("--peers", default="llama,openvino,transformers", help="separated by commas; may be empty")
+    parser.add_argument("--llama_dir", type=Path, help="folder of llama.cpp's programs; default: PATH")
+    parser.add_argument("--peer_python", default=sys.executable, help="Python that has openvino, gguf, transformers")
+    parser.add_argument("--work", type=Path, default=WORK, help="folder for the models, made at first use")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--small", action="store_true", help="a small model, to try the benchmark itself")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    size = {"n_layer": 2, "n_head": 4, "n_embd": 128} if args.small else {}
-    model = GPT(GPTConfig(**size, activation="gelu_new")).eval()
-    print(f"{machine()}; {model.num_params() / 1e6:.1f} M parameters, {args.threads} threads\n")
-    engines: dict[str, Engine] = {}
-    contestants: dict[str, Callable[..., tuple[float, float, float]]] = {}
-    for dtype in args.dtype.split(","):
-        engines[dtype] = our_engine(model, dtype, args.threads)
-        served = engines[dtype].served()
-        assert served is not None
-        contestants[f"ours {dtype} ({served.runner})"] = partial(ours, engines[dtype])
-    for name, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        contestants[f"transformers {name}"] = partial(theirs, as_transformers(model, kind))
-    for count in (1, 16):
-        measure(contestants, count, args.rounds, NEW)
-    for engine in engines.values():
-        engine.close(0.0)
+    folder = model_folder(args.work.resolve(), args.small)
+    config = load_folder(folder)[0].config
+    found = lineup(folder, args)
+    print(f"{machine()}; {args.threads} threads\n" + "".join(f"- {line}\n" for line in found.said), flush=True)
+    try:
+        figures, bandwidth, others = measure(found.present, COLUMNS, config.vocab_size, args.rounds)
+    finally:
+        found.close()
+    names = [c.name for c in found.present]
+    print(report(figures, COLUMNS, pairs(names), args.dtype))
+    if args.dtype in BYTES and names:
+        limit = Figure([b * 1e9 / (decode_weights(config) * BYTES[args.dtype]) for b in bandwidth.samples])
+        share = ratio(figures[COLUMNS[0].title][names[0]], limit)
+        print(f"Reading memory: {bandwidth.text(1)} GB/s, so at most {limit.text()} tokens/s for one request.")
+        print(f"{names[0]} reaches {share} of that (aim 0.9).")
+    print(f"({args.rounds} rounds; others used {others:.2f} cores meanwhile)\n", flush=True)
 
 
 if __name__ == "__main__":

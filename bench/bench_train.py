@@ -12,13 +12,13 @@ The tokens are random: only speed is measured here.
 import argparse
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from bench.bench_generate import RandomTokenizer
 from bench.measure import machine, rounds, table
 from learning.machine import Machine
 from learning.team import Team
@@ -27,6 +27,16 @@ from storage.token_files import Splits
 from train import Trainer
 from training.config import TrainConfig, resolve
 from training.stop_signal import StopSignal
+
+
+@dataclass
+class RandomTokenizer:
+    """A tokenizer of which the loop only needs a size: the tokens are random."""
+
+    n_vocab: int
+    eot: int | None = None
+    fingerprint: str = "0" * 16
+
 
 SHAPES: dict[str, dict[str, Any]] = {
     "nano": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "vocab_size": 65, "bias": False},

@@ -1,0 +1,42 @@
+"""The reference work: GPT-2 124M with random weights as a Hugging Face folder, and prompts of random tokens.
+
+Every contestant reads this one folder. Its tokenizer has a made-up character for each id, so that servers can
+put the tokens into words without GPT-2's vocabulary, which not every machine has.
+"""
+
+import random
+from pathlib import Path
+
+import torch
+
+from model import GPT, GPTConfig
+from storage.pretrained import export
+from storage.vocabularies import CharTokenizer
+
+WORK = Path(__file__).parent / "build"  # git ignores it
+SMALL = {"n_layer": 2, "n_head": 4, "n_embd": 128, "vocab_size": 512}
+FIRST_CHARACTER = 0x20000  # a range without surrogates and white space
+
+
+def model_folder(work: Path, small: bool = False) -> Path:
+    """Return the folder of the model, written now if need be: `gpt2`, or a small one to try a benchmark itself."""
+    folder = work / ("small" if small else "full") / "gpt2"
+    if not (folder / "config.json").exists():
+        torch.manual_seed(0)
+        config = GPTConfig(**(SMALL if small else {}), activation="gelu_new")  # type: ignore[arg-type]
+        characters = {chr(FIRST_CHARACTER + i): i for i in range(config.vocab_size)}
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        export(GPT(config), CharTokenizer(characters), folder)
+    return folder
+
+
+def decode_weights(config: GPTConfig) -> int:
+    """Return how many weights a decode step reads: all but the position table."""
+    with torch.device("meta"):
+        return GPT(config).num_params(embeddings=False)
+
+
+def prompts(count: int, length: int, vocab_size: int, seed: int) -> list[list[int]]:
+    """Return `count` prompts of random tokens; no two runs share one, so that no prefix cache helps."""
+    rng = random.Random(seed)
+    return [[rng.randrange(vocab_size) for _ in range(length)] for _ in range(count)]

@@ -1,0 +1,77 @@
+"""The benchmarks: contestants behind pipes, the names they write, and the tables; nothing here is timed."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import peer_llama
+from bench.bench_generate import COLUMNS, Lineup, measure, ours, pairs, report
+from bench.contestant import Absent, Process, Result
+from bench.measure import Figure, comparison
+from bench.reference_model import model_folder, prompts
+from bench.write_gguf import renamed
+
+
+def test_our_engine_takes_part_and_fills_every_column(tmp_path: Path) -> None:
+    mine = ours(model_folder(tmp_path, small=True), "fp32", 1, "--runner", "torch")
+    try:
+        figures, bandwidth, _ = measure([mine], COLUMNS[:1], 512, 1)
+    finally:
+        mine.close()
+    assert "torch runner, fp32" in mine.versions
+    assert figures[COLUMNS[0].title]["ours fp32"].samples[0] > 0 and bandwidth.median > 0
+
+
+def test_a_contestant_that_cannot_start_is_absent_and_says_why() -> None:
+    lineup = Lineup()
+    lineup.add("broken", lambda: Process("broken", [sys.executable, "-c", "raise SystemExit('no engine here')"]))
+    assert lineup.present == [] and lineup.said == ["absent: broken (broken ended: no engine here)"]
+
+
+def test_a_peer_whose_packages_are_missing_is_absent(tmp_path: Path) -> None:
+    script = "from bench.contestant import serve\nserve(lambda: __import__('no_such_engine'))"
+    with pytest.raises(Absent, match="no_such_engine"):
+        Process("missing", [sys.executable, "-c", script])
+
+
+def test_llama_is_absent_where_its_programs_are_not(tmp_path: Path) -> None:
+    with pytest.raises(Absent, match=f"llama-batched-bench is not in {tmp_path}"):
+        peer_llama.program("llama-batched-bench", tmp_path)
+
+
+def test_decode_counts_the_tokens_after_the_first_of_each_request() -> None:
+    result = Result(first=1.0, seconds=3.0, tokens=20, requests=2, peak_mb=0.0)
+    assert result.decode == pytest.approx(9.0) and result.total == pytest.approx(20 / 3)
+
+
+def test_gguf_has_llamas_names() -> None:
+    names = ("wte.weight", "h.11.attn.c_attn.bias", "h.0.mlp.c_proj.weight", "ln_f.bias")
+    wanted = ["token_embd.weight", "blk.11.attn_qkv.bias", "blk.0.ffn_down.weight", "output_norm.bias"]
+    assert [renamed(name) for name in names] == wanted
+
+
+def test_no_two_rounds_share_a_prompt() -> None:
+    assert prompts(1, 64, 512, 1) != prompts(1, 64, 512, 2) and prompts(2, 8, 512, 3) == prompts(2, 8, 512, 3)
+
+
+def test_each_peer_is_compared_with_ours_of_its_precision() -> None:
+    names = ["ours fp32, torch runner", "transformers fp32", "ours bf16, torch runner", "transformers bf16"]
+    assert pairs(names) == [(names[0], names[1]), (names[2], names[3])]
+    assert pairs(["ours int8", "llama.cpp Q8_0"]) == [("ours int8", "llama.cpp Q8_0")]
+
+
+def test_ratios_are_of_the_same_round_and_turned_where_less_is_better() -> None:
+    figures = {
+        "speed": {"ours": Figure([30.0, 10.0]), "peer": Figure([10.0, 5.0])},
+        "wait": {"ours": Figure([2.0, 2.0]), "peer": Figure([4.0, 6.0])},
+    }
+    aims = {("peer", "speed"): 2.0, ("peer", "wait"): 3.0}
+    text = comparison(figures, {"speed": 0, "wait": 0}, {"wait"}, [("ours", "peer")], aims)
+    assert "2.50 (2.00-3.00) x, aim 2: holds" in text and "2.50 (2.00-3.00) x, aim 3: does not hold" in text
+
+
+def test_a_table_names_the_aim_of_a_peer_by_the_start_of_its_name() -> None:
+    figures = {c.title: {"ours bf16": Figure([5.0]), "llama.cpp BF16": Figure([5.0])} for c in COLUMNS}
+    text = report(figures, COLUMNS, [("ours bf16", "llama.cpp BF16")], "bf16")
+    assert "aim 1.25: does not hold" in text and "aim 2.6" in text
