@@ -24,6 +24,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),  # OpenAI's GPT-2 and its name in transformers
 }
 LAYER_NORM_EPS = 1e-5
+SHORT = 64  # tokens; the backward of the CPU's flash attention in bf16 is slower than plain products up to here
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,14 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, LAYER_NORM_EPS)
 
 
+def short_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return causal attention (B, nh, T, hs) as products and a softmax: what torch's fused operation means."""
+    T, scale = q.size(-2), q.size(-1) ** -0.5
+    later = torch.full((T, T), -math.inf, device=q.device).triu(1)
+    out: Tensor = ((q @ k.mT).float() * scale + later).softmax(-1).to(v.dtype) @ v
+    return out
+
+
 class CausalSelfAttention(nn.Module):
     """Attention of several heads. Dropout is on its output, not on its weights as in nanoGPT: dropped weights
     have no flash kernel on CPUs, where they made a training step three times slower (6/6/192, block 256).
@@ -100,7 +109,9 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         heads = self.c_attn(x).view(B, T, 3, self.n_head, self.head_size)
         q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, nh, T, hs)
-        if cache is None:
+        if cache is None and T <= SHORT and x.requires_grad and x.device.type == "cpu":
+            y = short_attention(q, k, v)
+        elif cache is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
             y = cache.attend(self.layer, q, k, v)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, short_attention
 from storage.pretrained import export, load_folder
 from storage.tokenizer import char_tokenizer
 
@@ -135,6 +135,19 @@ def test_dropout_acts_in_training_only():
     assert not torch.equal(model(x)[0], model(x)[0])
     model.eval()
     assert torch.equal(model(x)[0], model(x)[0])
+
+
+def test_short_attention_is_the_fused_one_with_the_same_gradients():
+    ours = [torch.randn(2, 3, 7, 4, requires_grad=True) for _ in range(3)]
+    theirs = [x.detach().clone().requires_grad_() for x in ours]
+    weight = torch.randn(2, 3, 7, 4)
+    found = short_attention(*ours)
+    expected = F.scaled_dot_product_attention(*theirs, is_causal=True)
+    torch.testing.assert_close(found, expected)
+    (found * weight).sum().backward()
+    (expected * weight).sum().backward()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
 
 
 # ---- cached decoding
