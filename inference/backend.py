@@ -4,6 +4,7 @@ Another process or another machine can satisfy them too. No torch here.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,6 +25,7 @@ class ServedModel:
     block_size: int
     vocab_size: int
     parameters: int
+    memory_bytes: int  # of weights and cache
     runner: str  # "torch", "native"
     runner_reason: str  # why this runner serves, in words
     device: str
@@ -60,6 +62,23 @@ class InferenceBackend(Protocol):
 
         Raises StorageError, LoadInProgress, EngineDown or ValueError; then nothing changed.
         """
+        ...
+
+    def models(self) -> list[ServedModel]:
+        """Return every model that serves: the current one, and those that requests have named."""
+        ...
+
+    def using(self, reference: "ModelReference | None") -> AbstractContextManager[ServedModel]:
+        """Have a model stay loaded for a while: the current one for None, else the one named, loaded if it is not.
+
+        Any number of callers may wait for one load. Beside the current model others are loaded as far as the memory
+        budget goes; those that nobody uses leave, the least recently used first. Raises on entering: NoModel,
+        DoesNotFit, LoadInProgress after too long a wait, and what loading raises.
+        """
+        ...
+
+    def forget(self, name: str) -> None:
+        """Let the models of the run `name` go that were loaded beside the current one, once nothing uses them."""
         ...
 
     def unload(self) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from inference.torch_runner import TorchRunner
-from model import GPT
+from model import GPT, GPTConfig
 
 if TYPE_CHECKING:
     from inference.runner import ModelRunner
@@ -60,34 +60,46 @@ def fingerprint(model: GPT) -> str:
     return digest.hexdigest()[:12]
 
 
-def _native(model: GPT, options: RunnerOptions, device: str) -> tuple["ModelRunner | None", str]:
-    """Return the native runner and why it serves, or None and why not."""
+@dataclass(frozen=True)
+class Choice:
+    """Which runner serves a model, where and in which precision, and why."""
+
+    runner: str
+    device: str
+    dtype: str
+    reason: str
+
+
+def _native_refusal(config: GPTConfig, dtype: str, device: str) -> str | None:
+    """Return why the native runner cannot serve, or None."""
     if device != "cpu":
-        return None, f"the device is {device}"
+        return f"the device is {device}"
     try:
         from inference.native_runner import NativeRunner
     except ModuleNotFoundError:
-        return None, "no native runner"
+        return "no native runner"
+    return NativeRunner.unsupported(config, dtype)
+
+
+def choose(config: GPTConfig, options: RunnerOptions) -> Choice:
+    """Return the runner that serves a model of this shape best. Raises ValueError when none has what is asked for."""
+    device = pick_device(options.device)
     dtype = NATIVE_AUTO if options.dtype == "auto" else options.dtype
-    reason = NativeRunner.unsupported(model.config, dtype)
-    if reason is not None:
-        return None, reason
-    runner = NativeRunner(model, options.slots, dtype, options.threads)
-    return runner, "the native runner supports this model and this CPU"
+    reason = _native_refusal(config, dtype, device)
+    if reason is None:
+        return Choice("native", device, dtype, "the native runner supports this model and this CPU")
+    if options.dtype == "int8":
+        raise ValueError(f"dtype is 'int8', which only the native runner has; it does not serve here: {reason}")
+    if options.dtype == "auto":
+        dtype = "bf16" if device == "cuda" else "fp32"
+    return Choice("torch", device, dtype, reason)
 
 
 def build_runner(model: GPT, options: RunnerOptions) -> tuple["ModelRunner", str]:
-    """Return the runner that serves `model` best, and why it was chosen. It takes the model over.
+    """Return the runner that `choose` names, and why it was chosen. It takes the model over. Raises ValueError."""
+    choice = choose(model.config, options)
+    if choice.runner == "torch":
+        return TorchRunner(model, options.slots, choice.device, choice.dtype), choice.reason
+    from inference.native_runner import NativeRunner
 
-    Raises ValueError when no runner here has what the options ask for.
-    """
-    device = pick_device(options.device)
-    runner, reason = _native(model, options, device)
-    if runner is not None:
-        return runner, reason
-    dtype = options.dtype
-    if dtype == "auto":
-        dtype = "bf16" if device == "cuda" else "fp32"
-    if dtype == "int8":
-        raise ValueError(f"dtype is 'int8', which only the native runner has; it does not serve here: {reason}")
-    return TorchRunner(model, options.slots, device, dtype), reason
+    return NativeRunner(model, options.slots, choice.dtype, options.threads), choice.reason

@@ -1,18 +1,18 @@
-"""The engine: one thread that runs every request on the loaded model, a step at a time.
+"""The engine: one thread that runs every request on the loaded models, a step at a time.
 
 For ever: take the inbox (block only when idle), end what was cancelled, let the scheduler admit,
-compute one ragged step, sample, emit. The thread owns the lanes (one per loaded model); callers own
-their `Generation`. They share a message inbox, each sequence's events and its `cancelled` flag.
+compute one ragged step of each model, sample, emit. The thread owns the lanes (one per loaded model, kept in
+the pool); callers own their `Generation`. They share a message inbox, each sequence's events and its `cancelled` flag.
 A message is a function that the engine's thread runs. Knows token ids only: no text, no HTTP.
 """
 
-import contextlib
 import logging
 import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +24,13 @@ from inference.backend import ServedModel
 from inference.build import RunnerOptions, build_runner
 from inference.lane import Lane
 from inference.loading import ModelSource
+from inference.pool import ModelPool
 from inference.sequence import Generation, SamplingParams
 from storage.checkpoints import load_model
 
 if TYPE_CHECKING:
     from inference.loading import Builder, Loader
+    from inference.runner import ModelRunner
     from storage.registry import ModelReference
     from storage.runs import Workspace
 
@@ -61,7 +63,7 @@ class Rate:
 
 
 class Engine:
-    """Serve one model at a time to any number of threads; satisfies InferenceBackend.
+    """Serve models to any number of threads; satisfies InferenceBackend.
 
     `loader` and `build` stand between files and runners; tests put theirs in. No model is loaded at first.
     """
@@ -78,19 +80,16 @@ class Engine:
         max_waiting_tokens: int = 256 * 1024,
         prefill_tokens: int = 2048,
         request_timeout: float | None = 600.0,
+        memory: int | None = None,
         loader: "Loader" = load_model,
         build: "Builder" = build_runner,
     ):
         self._options = RunnerOptions(device, dtype, slots, threads)
-        self._models = ModelSource(workspace, self._options, loader, build)
         self._prefill_tokens, self._request_timeout = prefill_tokens, request_timeout
         self._admission = Admission(max_waiting, max_waiting_tokens)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._lock = threading.Lock()  # guards the next three; a lane leaves `_lanes` only with the inbox empty
-        self._lanes: dict[ServedModel, Lane] = {}
-        self._current: ServedModel | None = None
-        self._closing = False
-        self._loading = threading.Lock()
+        source = ModelSource(workspace, self._options, loader, build)
+        self._pool = ModelPool(source, self._new_lane, self._wake, memory, request_timeout)
         self._stopped = False  # the engine's thread alone writes it, and the next four
         self._beat = time.monotonic()
         self._steps = self._tokens = 0
@@ -102,7 +101,20 @@ class Engine:
 
     def served(self) -> ServedModel | None:
         """Return the loaded model, or None."""
-        return self._current
+        return self._pool.current
+
+    def models(self) -> list[ServedModel]:
+        """Return every model that serves."""
+        return self._pool.models()
+
+    @contextmanager
+    def using(self, reference: "ModelReference | None") -> Iterator[ServedModel]:
+        """Have a model stay loaded for a while; see `InferenceBackend.using`."""
+        served = self._pool.hold(reference)
+        try:
+            yield served
+        finally:
+            self._pool.release(served)
 
     def submit(
         self,
@@ -117,10 +129,10 @@ class Engine:
         sequence.owner = owner
         if request_id is not None:
             sequence.id = request_id
-        with self._lock:
-            if self._closing:
+        with self._pool.lock:  # a lane leaves the pool only with the inbox empty
+            if self._pool.closing:
                 raise seq.EngineDown(seq.Failure.SHUTTING_DOWN)
-            lane = self._lanes.get(model)
+            lane = self._pool.lane(model)
             if lane is None:
                 raise seq.NoModel(f"The model {model.id} is no longer loaded.")
             self._admission.enter(sequence)
@@ -154,31 +166,26 @@ class Engine:
 
     def load(self, reference: "ModelReference") -> ServedModel:
         """Load a model beside the current one, then swap; see `InferenceBackend.load`."""
-        if not self._loading.acquire(blocking=False):
-            raise seq.LoadInProgress("Another model is being loaded; try again when it is done.")
-        try:
-            served, runner = self._models.load(reference)
-            lane = Lane(served, runner, self._admission, self._prefill_tokens)
-            if not self._tell(partial(self._swap, lane)):
-                lane.close()
-                raise seq.EngineDown(seq.Failure.SHUTTING_DOWN)
-            return served
-        finally:
-            self._loading.release()
+        return self._pool.load(reference)
 
     def unload(self) -> None:
         """Retire the current model; its memory is returned once its requests have ended. Raises NoModel."""
-        with self._lock:
-            if self._current is None:
-                raise seq.NoModel("No model is loaded.")
-            self._lanes[self._current].retired = True
-            self._current = None
-        self._inbox.put(lambda: None)  # wakes an idle thread
+        self._pool.unload()
+
+    def forget(self, name: str) -> None:
+        """Let the models of a run go that are not current; see `InferenceBackend.forget`."""
+        self._pool.forget(name)
+
+    def _new_lane(self, served: ServedModel, runner: "ModelRunner") -> Lane:
+        return Lane(served, runner, self._admission, self._prefill_tokens)
+
+    def _wake(self) -> None:
+        self._inbox.put(lambda: None)
 
     def info(self) -> dict[str, Any]:
         """Return queue and engine figures."""
-        admission, current = self._admission, self._current
-        lane = None if current is None else self._lanes.get(current)
+        admission, lane = self._admission, self._pool.lane(self._pool.current)
+        lanes = self._pool.lanes()
         return {
             "running": admission.running,
             "waiting": admission.waiting,
@@ -192,8 +199,9 @@ class Engine:
             "tokens_per_second": round(self._rate.per_second(), 2),
             "steps": self._steps,
             "tokens": self._tokens,
-            "models": len(self._lanes),  # more than one while a replaced one ends its requests
-            "loading": self._loading.locked(),
+            "models": len(lanes),  # also those that end their requests before they leave
+            "memory_bytes": sum(lane.served.memory_bytes for lane in lanes),
+            "loading": self._pool.loading,
             "heartbeat_age": max(0.0, time.monotonic() - self._beat),
         }
 
@@ -203,23 +211,14 @@ class Engine:
 
     def close(self, drain: float) -> None:
         """Refuse new requests, end waiting ones, give running ones `drain` seconds, then stop."""
-        with self._lock:
-            self._closing = True
+        with self._pool.lock:
+            self._pool.closing = True
             self._inbox.put(self._end_waiting)
         self._admission.wait_empty(drain)
         self._inbox.put(self._stop)
         self._thread.join(timeout=5.0)
         if self._thread.is_alive():
             logger.error("the engine's thread did not stop; it may be stuck in a step")
-
-    def _tell(self, message: Callable[[], bool]) -> bool:
-        """Have the engine's thread run `message` and return its answer; False when it runs no more."""
-        answers: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        self._inbox.put(lambda: answers.put(message()))
-        while self._thread.is_alive():
-            with contextlib.suppress(queue.Empty):
-                return answers.get(timeout=0.2)
-        return False
 
     # --- the engine's thread ---
 
@@ -231,29 +230,28 @@ class Engine:
                 self._turn()
             except Exception:  # a step handles its own failures: this is a fault of the engine itself
                 logger.exception("the engine failed; its requests end, it goes on")
-                for lane in self._lanes.values():
+                for lane in self._pool.lanes():
                     lane.finish_all(seq.Failure.ENGINE)
-        for lane in self._lanes.values():
+        for lane in self._pool.lanes():
             lane.finish_all(seq.Failure.SHUTTING_DOWN)
-            lane.close()
-        self._lanes.clear()
+            self._close_lane(lane)
 
     def _turn(self) -> None:
         self._beat = time.monotonic()
         self._take_inbox()
-        for lane in list(self._lanes.values()):
+        for lane in self._pool.lanes():
             lane.sweep()
             if lane.busy:
                 tokens = lane.step()
                 self._rate.add(tokens)
                 self._steps += 1
                 self._tokens += tokens
-            elif lane.retired:
-                self._close_lane(lane)
+        for lane in self._pool.closable():
+            self._close_lane(lane)
 
     def _take_inbox(self) -> None:
         """Run the messages; with nothing to compute, wait for one until the next heartbeat is due."""
-        idle = not any(lane.busy or lane.retired for lane in self._lanes.values())
+        idle = not any(lane.busy for lane in self._pool.lanes()) and not self._pool.closable()
         try:
             message = self._inbox.get(block=idle, timeout=IDLE_BEAT if idle else None)
             while True:
@@ -262,28 +260,17 @@ class Engine:
         except queue.Empty:
             return
 
-    def _swap(self, lane: Lane) -> bool:
-        """Let `lane` serve from now on; False when the engine is closing."""
-        with self._lock:
-            if self._closing:
-                return False
-            if self._current is not None:
-                self._lanes[self._current].retired = True
-            self._lanes[lane.served] = lane
-            self._current = lane.served
-            return True
-
     def _close_lane(self, lane: Lane) -> None:
-        """Close a retired lane that has nothing left, unless a request for it has just come in."""
-        with self._lock:
-            if not self._inbox.empty():
+        """Close a lane that has nothing left, unless a request for it has just come in."""
+        with self._pool.lock:
+            if not self._inbox.empty() and not self._stopped:
                 return
-            del self._lanes[lane.served]
+            self._pool.remove(lane)
         lane.close()
         logger.info("closed %s", lane.served.id)
 
     def _end_waiting(self) -> None:
-        for lane in self._lanes.values():
+        for lane in self._pool.lanes():
             for sequence in list(lane.scheduler.waiting):
                 lane.finish(sequence, seq.FinishReason.ERROR, seq.Failure.SHUTTING_DOWN)
 

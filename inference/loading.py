@@ -6,10 +6,12 @@ requests, nor of what is served now: a failed load leaves nothing behind.
 
 import logging
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from inference.backend import ServedModel
 from inference.build import RunnerOptions, fingerprint, finite
+from inference.footprint import measure, memory_bytes
 from storage.errors import NotLoadable
 
 if TYPE_CHECKING:
@@ -34,15 +36,24 @@ class ModelSource:
         self._workspace, self._options = workspace, options
         self._loader, self._build = loader, build
 
+    def _options_of(self, reference: "ModelReference") -> RunnerOptions:
+        """Return the options, with what a registry file says of this model."""
+        usual = self._options
+        return replace(usual, device=reference.device or usual.device, dtype=reference.dtype or usual.dtype)
+
+    def measure(self, reference: "ModelReference") -> int:
+        """Return the bytes of memory that a model would take; see footprint.measure."""
+        return measure(reference, self._workspace, self._options_of(reference))
+
     def load(self, reference: "ModelReference") -> tuple[ServedModel, "ModelRunner"]:
         """Read a model, build its runner and try it. Raises what the loader raises, NotLoadable and ValueError."""
-        started = time.monotonic()
+        started, options = time.monotonic(), self._options_of(reference)
         loaded = self._loader(reference, self._workspace)
         model, tokenizer = loaded.model, loaded.tokenizer
         if not finite(model):
             raise NotLoadable(f"{reference.label} holds weights that are no finite numbers.")
-        parameters, weights = model.num_params(), fingerprint(model)
-        runner, reason = self._build(model, self._options)
+        config, parameters, weights = model.config, model.num_params(), fingerprint(model)
+        runner, reason = self._build(model, options)
         del model, loaded
         served = ServedModel(
             id=reference.id,
@@ -51,6 +62,7 @@ class ModelSource:
             block_size=runner.block_size,
             vocab_size=runner.vocab_size,
             parameters=parameters,
+            memory_bytes=memory_bytes(config, runner.name, runner.device, runner.dtype, runner.slots),
             runner=runner.name,
             runner_reason=reason,
             device=runner.device,

@@ -47,6 +47,10 @@ class LoadInProgress(InferenceError):
     """Another load is running."""
 
 
+class DoesNotFit(InferenceError):
+    """A model needs more memory than models may take."""
+
+
 class PromptTooLong(InferenceError):
     """The prompt does not fit the context."""
 

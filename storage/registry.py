@@ -32,6 +32,9 @@ class ModelReference:
     kind: Kind
     path: Path | None  # a checkpoint file or a Hugging Face folder; None: still to be fetched
     label: str  # what the user gave, for messages
+    device: str | None = None  # this and the next two: what a registry file says of it; None: as the settings say
+    dtype: str | None = None
+    max_context_tokens: int | None = None
 
 
 def resolve(workspace: Workspace, *, model_path: object = None, model_type: object = None) -> ModelReference:

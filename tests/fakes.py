@@ -9,6 +9,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ def served_model(tokenizer: Tokenizer, reference: ModelReference, block_size: in
         block_size=block_size,
         vocab_size=tokenizer.n_vocab,
         parameters=1234,
+        memory_bytes=4936,
         runner="torch",
         runner_reason="it is a fake",
         device="cpu",
@@ -76,12 +78,43 @@ class FakeEngine:
         self.sequences: list[Sequence] = []
         self.loads: list[ModelReference] = []
         self.drained: list[float] = []
+        self.held = 0
         self._served: ServedModel | None = None
+        self._others: dict[str, ServedModel] = {}  # by id, beside the current one
         if tokenizer is not None:
             self.load(ModelReference("tiny", "trained", Path("out/tiny/ckpt.pt"), "out/tiny/ckpt.pt"))
 
     def served(self) -> ServedModel | None:
         return self._served
+
+    def models(self) -> list[ServedModel]:
+        return [model for model in (self._served, *self._others.values()) if model is not None]
+
+    @contextmanager
+    def using(self, reference: ModelReference | None) -> Iterator[ServedModel]:
+        model = self._served if reference is None else self._loaded(reference)
+        if model is None:
+            raise NoModel("No model is loaded.")
+        self.held += 1
+        try:
+            yield model
+        finally:
+            self.held -= 1
+
+    def _loaded(self, reference: ModelReference) -> ServedModel:
+        written = 0.0 if reference.path is None or not reference.path.exists() else reference.path.stat().st_mtime
+        for model in self.models():
+            same = (model.id, model.reference.path) == (reference.id, reference.path)
+            if same and model.loaded_at >= written:
+                return model
+        if self.tokenizer is None:
+            self.tokenizer = byte_tokenizer()
+        self.loads.append(reference)
+        self._others[reference.id] = served_model(self.tokenizer, reference, self.block_size)
+        return self._others[reference.id]
+
+    def forget(self, name: str) -> None:
+        self._others = {key: model for key, model in self._others.items() if key.split("/")[0] != name}
 
     def submit(
         self,

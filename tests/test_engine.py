@@ -32,6 +32,7 @@ from inference.sequence import (
 from inference.torch_runner import TorchRunner
 from model import GPT, GPTConfig
 from storage.errors import NotLoadable
+from storage.registry import ModelReference
 
 VOCAB, EOT = 61, 60
 
@@ -92,7 +93,7 @@ class Bench:
 
 
 def reference(name: str = "m") -> Any:
-    return SimpleNamespace(id=name, label=name)
+    return ModelReference(name, "trained", None, name)
 
 
 def loader(ref: Any, workspace: Any) -> Any:
@@ -371,7 +372,7 @@ def test_a_failure_ends_the_sequence_at_fault_and_no_other(make: Callable[..., E
     def run(faulty: bool) -> list[list[int]]:
         engine = make(slots=8)
         served = engine.load(reference())
-        runner = engine._lanes[served].runner
+        runner = engine._pool.lane(served).runner
         rows = runner.rows
 
         def failing(tokens: list[int], slots: list[int], positions: list[int], want: list[int]) -> torch.Tensor:
@@ -661,7 +662,7 @@ def test_closing_lets_running_requests_end_and_ends_waiting_ones(fake: Callable[
     until(lambda: bench.engine.info()["running"] == 1)
     closing = threading.Thread(target=bench.engine.close, args=(10.0,))
     closing.start()
-    until(lambda: bench.engine._closing)
+    until(lambda: bench.engine._pool.closing)
     with pytest.raises(EngineDown, match="shutting down"):
         submit(bench, [2])
     runner.gate.set()

@@ -38,6 +38,7 @@ def subclasses(module, base):
         (sequence.PromptTooLong("m"), 400, 400),
         (sequence.NoModel("m"), 409, 404),
         (sequence.LoadInProgress("m"), 409, 503),
+        (sequence.DoesNotFit("m"), 422, 400),
         (sequence.QueueFull("m", retry_after=7), 429, 429),
         (sequence.EngineDown("m"), 503, 503),
         (sequence.OutOfTime("m"), 504, 504),

@@ -189,7 +189,7 @@ def test_a_device_that_is_not_here_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_torch_runner_serves_where_the_native_one_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(building, "_native", lambda *_: (None, "a test"))
+    monkeypatch.setattr(building, "_native_refusal", lambda *_: "a test")
     runner, reason = build_runner(tiny(), RunnerOptions(device="cpu", slots=3))
     assert (runner.name, runner.device, runner.dtype, runner.slots, reason) == ("torch", "cpu", "fp32", 3, "a test")
     with pytest.raises(ValueError, match="int8"):

@@ -17,6 +17,7 @@
     │   ├── PromptTooLong            400     context_length_exceeded
     │   ├── NoModel                  409     model_not_found (404 under /v1)
     │   ├── LoadInProgress           409     (503 under /v1)
+    │   ├── DoesNotFit               422     model_too_large (400 under /v1)
     │   ├── QueueFull                429     queue_full
     │   ├── OutOfTime                504     request_timeout
     │   └── EngineDown               503     engine_down
@@ -129,6 +130,8 @@ def _of_inference(error: sequence.InferenceError, openai: bool) -> Problem:
         return Problem(404, text, "model_not_found", "model") if openai else Problem(409, text)
     if isinstance(error, sequence.LoadInProgress):
         return Problem(503, text, "loading", headers=_retry()) if openai else Problem(409, text)
+    if isinstance(error, sequence.DoesNotFit):
+        return Problem(400 if openai else 422, text, "model_too_large", "model")
     if isinstance(error, sequence.OutOfTime):
         return Problem(504, text, "request_timeout")
     return Problem(503, text or "the engine is stopping", "engine_down", headers=_retry())

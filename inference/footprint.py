@@ -1,0 +1,42 @@
+"""How many bytes of memory a model takes while it serves: its weights and its KV cache, from its shape alone.
+
+The same formula for a model that is about to be loaded and for one that is. Activations, and what reading a file
+takes for a moment, are not in it.
+"""
+
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
+
+from inference.build import RunnerOptions, choose
+from model import GPTConfig
+from storage.architecture import count_parameters
+from storage.hub import fetch
+from storage.inspection import inspect
+
+if TYPE_CHECKING:
+    from storage.registry import ModelReference
+    from storage.runs import Workspace
+
+BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
+
+
+def memory_bytes(config: GPTConfig, runner: str, device: str, dtype: str, slots: int) -> int:
+    """Return the bytes of weights and cache."""
+    args = asdict(config)
+    if runner == "torch" and device == "cpu":
+        args["tied"] = False  # the packed head is a copy
+    weights = count_parameters(args) * BYTES[dtype]
+    cache = 2 * config.n_layer * slots * config.block_size * config.n_embd * (4 if dtype == "fp32" else 2)
+    return weights + cache
+
+
+def measure(reference: "ModelReference", workspace: "Workspace", options: RunnerOptions) -> int:
+    """Return the bytes that a model would take, from its file's description.
+
+    Raises what inspection raises, ValueError for options that no runner here has, and Unreachable.
+    """
+    if reference.path is None:
+        reference = replace(reference, path=fetch(reference.id, workspace))
+    config = GPTConfig(**inspect(reference).model_args)
+    choice = choose(config, options)
+    return memory_bytes(config, choice.runner, choice.device, choice.dtype, options.slots)
