@@ -1,4 +1,4 @@
-# make setup | run | demo | test | check | bench     Variables: PYTHON=python3.12 PORT=5001 PIP_FLAGS="--index-url ..."
+# make setup | run | demo | test | check | sanitize | bench     Variables: PYTHON=python3.12 PORT=5001 PIP_FLAGS="--index-url ..."
 PYTHON ?= python3
 PORT ?= 5000
 PIP_FLAGS ?=
@@ -7,13 +7,14 @@ BIN := .venv/bin
 PY := $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup dev run demo test check lint bench clean
+.PHONY: help setup dev run demo test check lint sanitize bench clean
 
 help:
 	@echo "make run     set up, then start the server on port $(PORT) with the bundled model"
 	@echo "make demo    train a small model, serve it and generate, in under three minutes"
 	@echo "make test    set up with development packages, then run the tests"
 	@echo "make check   ruff, mypy, tests, lines per file"
+	@echo "make sanitize  the native step's tests under AddressSanitizer and UBSan"
 	@echo "make bench   measure ours and the peers side by side"
 	@echo "make clean   remove .venv and caches (never out/ or data/)"
 
@@ -30,7 +31,9 @@ $(PY):
 	$(BIN)/pip install --disable-pip-version-check $(PIP_FLAGS) -r requirements-dev.txt
 	@touch $@
 
+# The native step is compiled here so that the first start need not; without a compiler torch serves.
 setup: .venv/.setup
+	@$(PY) -m inference.native.build
 
 dev: .venv/.dev
 
@@ -52,6 +55,9 @@ check: lint test
 	@echo "Lines per file (350 is the limit for code):"
 	@git ls-files '*.py' '*.cpp' | grep -v '^tests/' | xargs wc -l | sort -n | awk '$$2 != "total" && $$1 > 350 {print "too long: " $$2 " " $$1; bad = 1} END {exit bad}'
 	@git ls-files '*.py' '*.cpp' | xargs wc -l | sort -n | tail -8
+
+sanitize: dev
+	$(PY) -m inference.native.build --sanitize
 
 bench: dev
 	$(PY) -m bench.bench_generate --dtype bf16 $(BENCH_FLAGS)

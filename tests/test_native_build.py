@@ -1,6 +1,7 @@
 """Building the native step: once, into a cache, safely beside others, and a reason in words where it cannot be."""
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -106,6 +107,13 @@ def test_building_ahead_ends_well_also_where_it_cannot():
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=30)
     assert done.returncode == 0
     assert "not built, the torch runner will serve" in done.stdout
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
+def test_make_setup_builds_ahead_and_make_sanitize_runs_the_checked_build():
+    for target, command in (("setup", "-m inference.native.build\n"), ("sanitize", "build --sanitize\n")):
+        done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, timeout=30)
+        assert command in done.stdout, done
 
 
 def test_the_cache_is_where_the_setting_or_the_users_cache_folder_says(monkeypatch, tmp_path):
