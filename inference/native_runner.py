@@ -23,7 +23,7 @@ from inference.native.machine import available_cores
 from inference.runner import check_copy
 from model import GPT, GPTConfig
 
-VERSION = 1  # as in step.cpp
+VERSION = 2  # as in step.cpp
 PANEL = 32  # rows of weights that lie together
 CACHE_BLOCK = 64  # positions of a slot that lie together, as in attention.h
 KINDS = {"fp32": (0, torch.float32), "bf16": (1, torch.bfloat16), "int8": (2, torch.uint8)}  # number in C++, stored as
@@ -64,7 +64,7 @@ def _load() -> ctypes.CDLL:
     lib.step_agrees.argtypes, lib.step_agrees.restype = [_L, _L], ctypes.c_bool
     lib.step_open.argtypes, lib.step_open.restype = [ctypes.POINTER(_Model)], _P
     lib.step_close.argtypes, lib.step_close.restype = [_P], None
-    lib.step_rows.argtypes, lib.step_rows.restype = [_P, _L, _P, _P, _P, _L, _P, _P, _P], _L
+    lib.step_rows.argtypes, lib.step_rows.restype = [_P, _L, _P, _P, _P, _L, *[_P] * 4], _L
     if not lib.step_agrees(VERSION, ctypes.sizeof(_Model)):
         raise CannotBuild(f"{path} has another version of the interface")
     return lib
@@ -167,7 +167,7 @@ class NativeRunner:
             raise ValueError(f"slots is {slots}; it must be at least 1")
         config = model.config
         self.dtype, self.slots = dtype, slots
-        self.block_size, self.vocab_size = config.block_size, config.vocab_size
+        self.block_size, self.vocab_size, self._n_embd = config.block_size, config.vocab_size, config.n_embd
         self.threads = max(1, available_cores() if threads is None else threads)
         self.last_argmax: list[int] = []  # of each row of the last result: where its greatest logit is
         packer = _Packer(config, dtype)
@@ -209,19 +209,43 @@ class NativeRunner:
         self, tokens: Sequence[int], slots: Sequence[int], positions: Sequence[int], want: Sequence[int]
     ) -> Tensor:
         """Compute one step (see ModelRunner.rows). Raises ValueError for a row or a wanted row out of bounds."""
-        if self._step is None:
-            raise ValueError("the runner is closed")
-        if not len(tokens) == len(slots) == len(positions):
-            raise ValueError(f"{len(tokens)} tokens, {len(slots)} slots and {len(positions)} positions do not match")
         order = sorted(set(want))
         few = len(order) <= self.slots
         logits = self._logits[: len(order)] if few else torch.empty(len(order), self._width)
         best = array("q", order)
+        self._compute(tokens, slots, positions, want, order, (logits.data_ptr(), best.buffer_info()[0], None))
+        if list(want) != order:  # each row once and rising is what the step knows
+            where = [order.index(row) for row in want]
+            logits, best = logits[where], array("q", [best[i] for i in where])
+        self.last_argmax = best.tolist()
+        return logits[:, : self.vocab_size]
+
+    def hidden(
+        self, tokens: Sequence[int], slots: Sequence[int], positions: Sequence[int], want: Sequence[int]
+    ) -> Tensor:
+        """Compute one step up to the head (see ModelRunner.hidden). Raises ValueError as `rows` does."""
+        order = sorted(set(want))
+        hidden = torch.empty(len(order), self._n_embd)
+        self._compute(tokens, slots, positions, want, order, (None, None, hidden.data_ptr()))
+        return hidden if list(want) == order else hidden[[order.index(row) for row in want]]
+
+    def _compute(
+        self,
+        tokens: Sequence[int],
+        slots: Sequence[int],
+        positions: Sequence[int],
+        want: Sequence[int],
+        order: list[int],
+        results: tuple[int | None, int | None, int | None],
+    ) -> None:
+        """Let the step write results, the addresses of logits, argmax and hidden states; `order` is `want`, rising."""
+        if self._step is None:
+            raise ValueError("the runner is closed")
+        if not len(tokens) == len(slots) == len(positions):
+            raise ValueError(f"{len(tokens)} tokens, {len(slots)} slots and {len(positions)} positions do not match")
         arrays = [array("q", part) for part in (tokens, slots, positions, order)]
         ids, at, to, wanted = (a.buffer_info()[0] for a in arrays)
-        bad = self._lib.step_rows(
-            self._step, len(tokens), ids, at, to, len(order), wanted, logits.data_ptr(), best.buffer_info()[0]
-        )
+        bad = self._lib.step_rows(self._step, len(tokens), ids, at, to, len(order), wanted, *results)
         if bad == len(tokens):
             raise ValueError(f"want is {list(want)}; the step has rows 0 to {len(tokens) - 1}")
         if bad >= 0:
@@ -229,11 +253,6 @@ class NativeRunner:
                 f"row {bad} is token {tokens[bad]} in slot {slots[bad]} at position {positions[bad]}; the model has"
                 f" {self.vocab_size} tokens, {self.slots} slots and {self.block_size} positions"
             )
-        if list(want) != order:  # each row once and rising is what the step knows
-            where = [order.index(row) for row in want]
-            logits, best = logits[where], array("q", [best[i] for i in where])
-        self.last_argmax = best.tolist()
-        return logits[:, : self.vocab_size]
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy a slot's beginning to another (see ModelRunner.copy): whole blocks, which lie one after the other."""

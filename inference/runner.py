@@ -34,6 +34,15 @@ class ModelRunner(Protocol):
         """
         ...
 
+    def hidden(
+        self, tokens: Sequence[int], slots: Sequence[int], positions: Sequence[int], want: Sequence[int]
+    ) -> "Tensor":
+        """Compute one step as `rows` does, but return what the head reads of each wanted row: its final hidden state.
+
+        Float32 (len(want), n_embd), after the last layer norm, as `GPT.hidden` gives it.
+        """
+        ...
+
     def copy(self, source: int, target: int, length: int) -> None:
         """Make the first `length` positions of slot `target` those of slot `source`; what `target` held is forgotten.
 

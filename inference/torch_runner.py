@@ -86,13 +86,26 @@ class TorchRunner:
         self, tokens: Sequence[int], slots: Sequence[int], positions: Sequence[int], want: Sequence[int]
     ) -> Tensor:
         """Compute one step; see `ModelRunner.rows`."""
+        model, hidden = self._compute(tokens, slots, positions, want)
+        logits: Tensor = model.lm_head(hidden)
+        return logits.float()
+
+    @torch.inference_mode()
+    def hidden(
+        self, tokens: Sequence[int], slots: Sequence[int], positions: Sequence[int], want: Sequence[int]
+    ) -> Tensor:
+        """Compute one step up to the head; see `ModelRunner.hidden`."""
+        return self._compute(tokens, slots, positions, want)[1].float()
+
+    def _compute(
+        self, tokens: Sequence[int], slots: Sequence[int], positions: Sequence[int], want: Sequence[int]
+    ) -> tuple[GPT, Tensor]:
+        """Return the model and the final hidden states (len(want), C) of the wanted rows."""
         if self._model is None or self._cache is None:
             raise RuntimeError("the runner is closed")
         ids, places, wanted = (torch.tensor(x, dtype=torch.long, device=self.device) for x in (tokens, positions, want))
         self._cache.begin(slots, positions)
-        hidden = self._model.hidden(ids[None], self._cache, places[None])[0]  # (N, C)
-        logits: Tensor = self._model.lm_head(hidden[wanted])
-        return logits.float()
+        return self._model, self._model.hidden(ids[None], self._cache, places[None])[0][wanted]
 
     @torch.inference_mode()
     def copy(self, source: int, target: int, length: int) -> None:

@@ -189,6 +189,57 @@ def test_want_may_be_in_any_order_repeat_and_be_empty():
     assert runner.last_argmax == []
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_hidden_states_are_those_of_the_plain_forward_with_the_same_weights(shape, dtype):
+    model = model_of(SHAPES[shape])
+    ids = ids_for(model.config, 30)
+    runner = NativeRunner(model, slots=1, dtype=dtype, threads=2)
+    got = runner.hidden(ids, [0] * 30, list(range(30)), list(range(30)))
+    with torch.inference_mode():
+        expected = rounded(model, dtype).hidden(torch.tensor([ids]))[0]
+    assert got.shape == expected.shape and got.dtype == torch.float32
+    assert difference(got, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_hidden_state_is_the_same_bit_for_bit_in_pieces_and_beside_others(dtype):
+    model = model_of(SHAPES["as GPT-2"])
+    ids, other = ids_for(model.config, 40), ids_for(model.config, 30, seed=2)
+    runner = NativeRunner(model, slots=3, dtype=dtype, threads=2)
+    expected = runner.hidden(ids, [0] * 40, list(range(40)), list(range(40)))
+    logits = prefill(runner, ids)
+    runner.rows(ids[:17], [2] * 17, list(range(17)), [])
+    slots, positions = [1] * 30 + [2] * 23, [*range(30), *range(17, 40)]
+    got = runner.hidden(other + ids[17:], slots, positions, [52, 30, 30, 40])
+    assert torch.equal(got, expected[[39, 17, 17, 27]])
+    assert torch.equal(prefill(runner, ids), logits)
+
+
+def test_hidden_states_of_more_rows_than_fit_at_once_are_all_there():
+    model = model_of(GPTConfig(n_layer=1, n_head=1, n_embd=32, block_size=700, vocab_size=50))
+    runner = NativeRunner(model, slots=1, dtype="fp32", threads=2)
+    ids = ids_for(model.config, 700)
+    with torch.inference_mode():
+        expected = model.hidden(torch.tensor([ids]))[0]
+    got = runner.hidden(ids, [0] * 700, list(range(700)), [5, 511, 512, 699])
+    assert difference(got, expected[[5, 511, 512, 699]]) < TOLERANCE["fp32"]
+    assert runner.hidden(ids, [0] * 700, list(range(700)), []).shape == (0, 32)
+
+
+def test_hidden_refuses_what_rows_refuses():
+    runner = NativeRunner(model_of(SHAPES["odd"]), slots=2, dtype="fp32", threads=1)
+    with pytest.raises(ValueError, match=r"row 1 is token 65 in slot 0 at position 1"):
+        runner.hidden([3, 65], [0, 0], [0, 1], [0])
+    with pytest.raises(ValueError, match=r"want is \[2\]; the step has rows 0 to 1"):
+        runner.hidden([3, 4], [0, 0], [0, 1], [2])
+    with pytest.raises(ValueError, match="2 tokens, 1 slots and 2 positions"):
+        runner.hidden([3, 4], [0], [0, 1], [0])
+    runner.close()
+    with pytest.raises(ValueError, match="closed"):
+        runner.hidden([3], [0], [0], [0])
+
+
 def test_a_slot_is_used_again_from_position_0_without_a_trace():
     model = model_of(SHAPES["odd"])
     runner = NativeRunner(model, slots=1, dtype="int8", threads=1)

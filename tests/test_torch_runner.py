@@ -76,6 +76,20 @@ def test_rows_of_many_slots_do_not_see_each_other(seed: int, slots: int, most: i
                 torch.testing.assert_close(got, expected[rows[i][0]][rows[i][1]], atol=2e-5, rtol=1e-5)
 
 
+def test_hidden_states_are_those_of_the_whole_forward() -> None:
+    ids = [(i * 7) % V for i in range(30)]
+    runner, model = TorchRunner(tiny(), slots=2), tiny()
+    with torch.inference_mode():
+        expected = model.hidden(torch.tensor([ids]))[0]
+    feed(runner, ids, 1, [12])
+    got = runner.hidden(ids[12:], [1] * 18, list(range(12, 30)), [17, 0, 17])
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, expected[[29, 12, 29]], atol=2e-5, rtol=1e-5)
+    half = TorchRunner(tiny(), slots=1, dtype="bf16").hidden(ids, [0] * 30, list(range(30)), [29])
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, expected[[29]], atol=0.1, rtol=0.05)
+
+
 def test_a_slot_is_used_again_from_position_0() -> None:
     runner, model = TorchRunner(tiny(), slots=1), tiny()
     feed(runner, list(range(40)), 0, [40])

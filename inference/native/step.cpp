@@ -9,7 +9,7 @@
 #include "product.h"
 #include "team.h"
 
-constexpr long VERSION = 1;  // of the structures and functions that inference/native_runner.py also knows
+constexpr long VERSION = 2;  // of the structures and functions that inference/native_runner.py also knows
 constexpr long ROWS = 512;   // rows computed at once; a longer step is cut into such parts, which changes no result
 constexpr long FEW = 2;      // so many rows are prepared by every thread for itself, which costs less than to meet
 
@@ -86,7 +86,7 @@ struct Step {
     Rows all_rows, wanted_rows;           // of this step
     std::vector<long> want;               // of all_rows, rising
     const long *token;
-    float *logits;
+    float *logits, *hidden;               // where results go; hidden states instead of logits unless null
     long *best;
     Team team;                            // last: its threads use the rest
 
@@ -189,6 +189,7 @@ struct Step {
             in = prepare<KIND>(me, rows->count(), 4 * C, [&](long i, float *) { return h + i * 4 * C; });
             multiply(L.down, in, x, wide, ADD);
         }
+        if (hidden) return me.each(rows->count(), [&](long i) { norm(x + i * wide, m.norm, m.norm_bias, hidden + i * C, C); });
         const Input in = prepare<KIND>(me, rows->count(), C, normed(m.norm, m.norm_bias));
         multiply(m.head, in, logits, m.head.rows, STORE);
         me.each(rows->count(), [&](long i) { best[i] = greatest(logits + i * m.head.rows, m.vocabulary); });
@@ -233,10 +234,11 @@ Step *step_open(const Model *model) {
 void step_close(Step *step) { delete step; }
 
 // Compute `count` rows: token, slot and position of each. `want` lists rows, rising; their logits go to `logits`, one
-// after the other with the head's padded rows each, and where the greatest of each is to `best`.
+// after the other with the head's padded rows each, and where the greatest of each is to `best`. Unless `hidden` is null
+// what the head would read goes there instead, `width` floats each, and nothing to `logits` and `best`.
 // Returns -1, or the index of the first row out of bounds, or `count` for a wrong `want`; then nothing was computed.
 long step_rows(Step *step, long count, const long *token, const long *slot, const long *position, long wanted,
-               const long *want, float *logits, long *best) {
+               const long *want, float *logits, long *best, float *hidden) {
     const Model &m = step->m;
     const auto within = [](long n, long bound) { return n >= 0 && n < bound; };
     for (long i = 0; i < count; i++)
@@ -253,6 +255,7 @@ long step_rows(Step *step, long count, const long *token, const long *slot, cons
         }
         step->all_rows.cut(m.heads), step->wanted_rows.cut(m.heads);
         step->token = token + start, step->logits = logits + done * m.head.rows, step->best = best + done;
+        step->hidden = hidden ? hidden + done * m.width : nullptr;
         step->team.run();
         done += step->want.size();
     }
