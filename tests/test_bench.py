@@ -40,6 +40,27 @@ def test_llama_is_absent_where_its_programs_are_not(tmp_path: Path) -> None:
         peer_llama.program("llama-batched-bench", tmp_path)
 
 
+def fake_llama(tmp_path: Path, *lines: str) -> peer_llama.Llama:
+    """Return llama.cpp by a program that prints one more of the lines at each call."""
+    script = tmp_path / "fake"
+    calls = tmp_path / "calls"
+    script.write_text(f"#!/bin/sh\necho x >> {calls}\nhead -n $(wc -l < {calls}) {tmp_path / 'lines'}\n")
+    script.chmod(0o755)
+    (tmp_path / "lines").write_text("\n".join(lines) + "\n")
+    return peer_llama.Llama("llama.cpp", script, tmp_path / "none.gguf", 1)
+
+
+def test_llamas_warm_up_is_never_taken_for_the_figures(tmp_path: Path) -> None:
+    warm, real = '{"tg": 2, "t_pp": 9.0, "t_tg": 9.0}', '{"tg": 4, "t_pp": 1.0, "t_tg": 4.0}'
+    result = fake_llama(tmp_path, "no figures", warm, real).run([[1, 2]] * 3, 4)
+    assert (result.first, result.seconds, result.tokens) == (1.0, 4.0, 12)
+
+
+def test_llama_without_figures_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="printed no figures"):
+        fake_llama(tmp_path, "nothing").run([[1, 2]], 4)
+
+
 def test_decode_counts_the_tokens_after_the_first_of_each_request() -> None:
     result = Result(first=1.0, seconds=3.0, tokens=20, requests=2, peak_mb=0.0)
     assert result.decode == pytest.approx(9.0) and result.total == pytest.approx(20 / 3)
