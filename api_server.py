@@ -38,6 +38,7 @@ from web import (
     openai_routes,
     security,
 )
+from web.catalogue import Catalogue
 from web.context import EXTENSION, Context, StreamLimit
 from web.errors import Refused
 from web.json_replies import JsonReplies
@@ -94,7 +95,8 @@ def create_app(settings: Settings, engine: InferenceBackend, jobs: JobManager, w
     app.config.update(MAX_CONTENT_LENGTH=settings.max_body_bytes, MAX_FORM_PARTS=100, OPENAPI_TITLE=TITLE)
     metrics, loader = Metrics(engine), ModelLoader(settings, engine, workspace)
     streams = StreamLimit(settings.max_streams)
-    app.extensions[EXTENSION] = Context(settings, engine, jobs, workspace, loader, metrics, streams)
+    catalogue = Catalogue(settings, engine, workspace, jobs)
+    app.extensions[EXTENSION] = Context(settings, engine, jobs, workspace, loader, metrics, streams, catalogue)
     errors.register(app)
     _note_request(app, metrics)
     security.protect(app, settings)
@@ -148,12 +150,14 @@ class ServerProcess:
 
 def build(settings: Settings, workspace: Workspace) -> tuple[Flask, ServerProcess]:
     """Return the app with the real engine and jobs; called in the worker, which alone imports torch."""
+    from inference.build import half_of_memory
     from inference.engine import Engine
     from training.local_backend import LocalBackend
 
     if settings.hf_token is not None:
         os.environ["HF_TOKEN"] = settings.hf_token  # huggingface_hub reads it there
     user_files.sweep(workspace)
+    memory = settings.model_memory_bytes
     engine = Engine(
         workspace,
         device=settings.device,
@@ -164,6 +168,7 @@ def build(settings: Settings, workspace: Workspace) -> tuple[Flask, ServerProces
         max_waiting_tokens=settings.max_waiting_tokens,
         prefill_tokens=settings.prefill_tokens,
         request_timeout=settings.request_timeout,
+        memory=half_of_memory(settings.device) if memory is None else memory,
     )
     allow = partial(check_allowed, settings)
     jobs = JobManager(workspace, LocalBackend(workspace), max_jobs=settings.max_jobs, allow=allow)

@@ -35,6 +35,16 @@ class ServedModel:
     load_seconds: float
 
 
+@dataclass(frozen=True)
+class Footprint:
+    """What a model takes, loaded or not."""
+
+    parameters: int
+    block_size: int
+    size_bytes: int  # of the weights on disk
+    memory_bytes: int  # of weights and cache, when it serves
+
+
 class InferenceBackend(Protocol):
     """Run models and generate with them. All methods may be called from any thread."""
 
@@ -75,6 +85,10 @@ class InferenceBackend(Protocol):
         budget goes; those that nobody uses leave, the least recently used first. Raises on entering: NoModel,
         DoesNotFit, LoadInProgress after too long a wait, and what loading raises.
         """
+        ...
+
+    def measure(self, reference: "ModelReference") -> Footprint:
+        """Return what a model takes, from its file's description. Raises StorageError and ValueError."""
         ...
 
     def forget(self, name: str) -> None:

@@ -1,6 +1,7 @@
 """Choose and build the runner of a loaded model: native where it can serve, torch everywhere."""
 
 import hashlib
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,13 @@ def pick_device(asked: str) -> str:
     if not present[asked]:
         raise ValueError(f"device is {asked!r}, but torch finds none here")
     return asked
+
+
+def half_of_memory(device: str) -> int:
+    """Return half of the memory that models on this device live in, in bytes."""
+    if device in ("auto", "cuda") and torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(0).total_memory) // 2
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def finite(model: GPT) -> bool:

@@ -20,7 +20,7 @@ import torch
 
 from inference import sequence as seq
 from inference.admission import Admission
-from inference.backend import ServedModel
+from inference.backend import Footprint, ServedModel
 from inference.build import RunnerOptions, build_runner
 from inference.lane import Lane
 from inference.loading import ModelSource
@@ -88,8 +88,8 @@ class Engine:
         self._prefill_tokens, self._request_timeout = prefill_tokens, request_timeout
         self._admission = Admission(max_waiting, max_waiting_tokens)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        source = ModelSource(workspace, self._options, loader, build)
-        self._pool = ModelPool(source, self._new_lane, self._wake, memory, request_timeout)
+        self._source = ModelSource(workspace, self._options, loader, build)
+        self._pool = ModelPool(self._source, self._new_lane, self._wake, memory, request_timeout)
         self._stopped = False  # the engine's thread alone writes it, and the next four
         self._beat = time.monotonic()
         self._steps = self._tokens = 0
@@ -171,6 +171,10 @@ class Engine:
     def unload(self) -> None:
         """Retire the current model; its memory is returned once its requests have ended. Raises NoModel."""
         self._pool.unload()
+
+    def measure(self, reference: "ModelReference") -> Footprint:
+        """Return what a model takes; see `InferenceBackend.measure`."""
+        return self._source.measure(reference)
 
     def forget(self, name: str) -> None:
         """Let the models of a run go that are not current; see `InferenceBackend.forget`."""

@@ -7,6 +7,7 @@ takes for a moment, are not in it.
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
+from inference.backend import Footprint
 from inference.build import RunnerOptions, choose
 from model import GPTConfig
 from storage.architecture import count_parameters
@@ -30,13 +31,15 @@ def memory_bytes(config: GPTConfig, runner: str, device: str, dtype: str, slots:
     return weights + cache
 
 
-def measure(reference: "ModelReference", workspace: "Workspace", options: RunnerOptions) -> int:
-    """Return the bytes that a model would take, from its file's description.
+def measure(reference: "ModelReference", workspace: "Workspace", options: RunnerOptions) -> Footprint:
+    """Return what a model would take, from its file's description.
 
     Raises what inspection raises, ValueError for options that no runner here has, and Unreachable.
     """
     if reference.path is None:
         reference = replace(reference, path=fetch(reference.id, workspace))
-    config = GPTConfig(**inspect(reference).model_args)
+    inspection = inspect(reference)
+    config = GPTConfig(**inspection.model_args)
     choice = choose(config, options)
-    return memory_bytes(config, choice.runner, choice.device, choice.dtype, options.slots)
+    memory = memory_bytes(config, choice.runner, choice.device, choice.dtype, options.slots)
+    return Footprint(inspection.parameters, config.block_size, inspection.nbytes, memory)

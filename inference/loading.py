@@ -9,7 +9,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from inference.backend import ServedModel
+from inference.backend import Footprint, ServedModel
 from inference.build import RunnerOptions, fingerprint, finite
 from inference.footprint import measure, memory_bytes
 from storage.errors import NotLoadable
@@ -41,8 +41,8 @@ class ModelSource:
         usual = self._options
         return replace(usual, device=reference.device or usual.device, dtype=reference.dtype or usual.dtype)
 
-    def measure(self, reference: "ModelReference") -> int:
-        """Return the bytes of memory that a model would take; see footprint.measure."""
+    def measure(self, reference: "ModelReference") -> Footprint:
+        """Return what a model would take; see footprint.measure."""
         return measure(reference, self._workspace, self._options_of(reference))
 
     def load(self, reference: "ModelReference") -> tuple[ServedModel, "ModelRunner"]:

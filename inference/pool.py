@@ -221,7 +221,7 @@ class ModelPool:
             raise seq.LoadInProgress(f"The model {reference.id} is still being loaded.") from None
 
     def _load_beside(self, reference: "ModelReference", deadline: float | None) -> None:
-        need = 0 if self._budget is None else self._source.measure(reference)
+        need = 0 if self._budget is None else self._source.measure(reference).memory_bytes
         self._reserve(need, reference, deadline)
         try:
             with self._loading:

@@ -44,7 +44,7 @@ def _is_complete(folder: Path) -> bool:
     return has("config.json") and weights and (has("tokenizer.json") or has("vocab.json", "merges.txt"))
 
 
-def _cached(name: str) -> Path | None:
+def cached(name: str) -> Path | None:
     """Return the model's folder in the Hugging Face cache, without asking the network."""
     from huggingface_hub import try_to_load_from_cache  # slow to import, and few servers need it
 
@@ -101,7 +101,7 @@ def fetch(name: str, workspace: Workspace, progress: Callable[[str], None] | Non
     """
     if name not in PRETRAINED:
         raise BadName(f"model_type is {quoted(name)}; it must be one of {', '.join(PRETRAINED)}")
-    folder = local_folder(workspace, name) or _cached(name)
+    folder = local_folder(workspace, name) or cached(name)
     if folder is None:
         if progress is not None:
             progress(f"fetching {name} from the Hugging Face hub, about {MEGABYTES[name]} MB")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from api_server import create_app
-from inference.backend import ServedModel
+from inference.backend import Footprint, ServedModel
 from inference.sequence import (
     EngineDown,
     Failure,
@@ -112,6 +112,9 @@ class FakeEngine:
         self.loads.append(reference)
         self._others[reference.id] = served_model(self.tokenizer, reference, self.block_size)
         return self._others[reference.id]
+
+    def measure(self, reference: ModelReference) -> Footprint:
+        return Footprint(1234, self.block_size, 617, 4936)
 
     def forget(self, name: str) -> None:
         self._others = {key: model for key, model in self._others.items() if key.split("/")[0] != name}

@@ -398,9 +398,11 @@ def test_a_checkpoint_answers_by_its_name(server, file_id):
 
 
 def test_results_are_listed_as_models(server, file_id):
-    name = server.get(f"{JOBS}/{trained(server, file_id)['id']}").json["fine_tuned_model"]
+    job = trained(server, file_id)
+    name = server.get(f"{JOBS}/{job['id']}").json["fine_tuned_model"]
     names = [model["id"] for model in server.get("/v1/models").json["data"]]
-    assert names == ["tiny", name, f"{name}:ckpt-step-10", f"{name}:ckpt-step-8"]
+    tuned = [name, f"{name}:ckpt-step-10", f"{name}:ckpt-step-8"]
+    assert names == ["tiny", job["name"], f"{job['name']}/best", *tuned]
     for model in server.get("/v1/models").json["data"]:
         assert server.get(f"/v1/models/{model['id']}").json == model and type(model["created"]) is int
 

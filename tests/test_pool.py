@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from inference.backend import Footprint
 from inference.pool import ModelPool
 from inference.sequence import DoesNotFit, EngineDown, LoadInProgress, NoModel
 from storage.registry import ModelReference
@@ -26,8 +27,8 @@ class FakeSource:
         self.gate.set()
         self.fail = False
 
-    def measure(self, reference: ModelReference) -> int:
-        return BYTES
+    def measure(self, reference: ModelReference) -> Footprint:
+        return Footprint(1, 1, BYTES, BYTES)
 
     def load(self, reference: ModelReference) -> tuple[Any, Any]:
         assert self.gate.wait(20), "the test left the gate shut"

@@ -6,6 +6,7 @@ cancels what is left and gives its place back. Routes build one, then iterate ov
 
 import secrets
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -32,10 +33,31 @@ def loaded_model(context: Context) -> ServedModel:
     raise NoModel("no model is loaded; load one with POST /api/load_model")
 
 
+@contextmanager
+def using(context: Context, name: str | None) -> Iterator[ServedModel]:
+    """Have the model that a request names stay loaded until the request is submitted; None is the current one.
+
+    One that is known and not loaded is loaded now, beside the current one. Raises Refused (404 for an unknown name,
+    503 while the first model loads), NoModel, and what loading raises.
+    """
+    reference = context.catalogue.reference(name)
+    if reference is None or context.loader.starting:
+        loaded_model(context)
+    context.streams.enter()  # who waits for a load takes a thread, too
+    with ExitStack() as stack:
+        try:
+            model = stack.enter_context(context.engine.using(reference))
+        except ValueError as error:  # a device or precision that this machine or model does not have
+            raise Refused(400, str(error), param="model") from None
+        finally:
+            context.streams.leave()
+        yield model
+
+
 def context_tokens(context: Context, model: ServedModel) -> int:
     """Return the most tokens that prompt and reply may have together."""
-    most = context.settings.max_context_tokens
-    return model.block_size if most is None else min(most, model.block_size)
+    limits = (model.block_size, context.settings.max_context_tokens, model.reference.max_context_tokens)
+    return min(limit for limit in limits if limit is not None)
 
 
 def too_long(limit: int, prompt: str) -> PromptTooLong:

@@ -11,6 +11,7 @@ from flask import current_app
 from inference.backend import InferenceBackend
 from storage.runs import Workspace
 from training.jobs import JobManager
+from web.catalogue import Catalogue
 from web.errors import Refused
 from web.loading import ModelLoader
 from web.metrics import Metrics
@@ -58,6 +59,7 @@ class Context:
     loader: ModelLoader
     metrics: Metrics
     streams: StreamLimit
+    catalogue: Catalogue
     trying: threading.Lock = field(default_factory=threading.Lock)  # held by the one dry run at a time
     closing: threading.Event = field(default_factory=threading.Event)  # the server is stopping
 

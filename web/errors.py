@@ -51,7 +51,7 @@ from web.completion import GenerationFailed
 
 log = logging.getLogger(__name__)
 
-OPENAI_PATHS = ("/v1/", "/completions", "/tokenize", "/detokenize")
+OPENAI_PATHS = ("/v1/", "/completions", "/tokenize", "/detokenize", "/tokenizer_info")
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error", 501: "not_implemented_error"}
 FIXED = {
     404: "there is nothing at this path; GET /docs lists every route",

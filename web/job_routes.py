@@ -121,6 +121,7 @@ def delete_job(path: NamePath) -> dict[str, Any]:
     ctx = context()
     described = ctx.jobs.get(path.name).describe()
     ctx.jobs.delete(path.name)
+    ctx.engine.forget(path.name)
     return described | {"deleted": True}
 
 

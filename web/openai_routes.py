@@ -12,8 +12,9 @@ from flask_openapi3.models.tag import Tag
 from pydantic import BaseModel
 
 from inference.backend import ServedModel
-from web import openai_replies, sse, tuned_models
-from web.batch import Batch, context_tokens, encode, loaded_model, too_long
+from storage.errors import NotFound
+from web import openai_replies, sse
+from web.batch import Batch, context_tokens, encode, loaded_model, too_long, using
 from web.client import Client
 from web.context import Context, context
 from web.errors import Refused
@@ -22,6 +23,7 @@ from web.openai_schemas import (
     CompletionBody,
     CompletionReply,
     DetokenizeBody,
+    ModelDeleted,
     ModelList,
     ModelObject,
     OpenAIBody,
@@ -40,50 +42,37 @@ class ModelPath(BaseModel):
     model_id: str
 
 
-def _model_object(model: ServedModel, limit: int) -> dict[str, Any]:
-    return {
-        "id": model.id,
-        "object": "model",
-        "created": int(model.loaded_at),
-        "owned_by": "local",
-        "max_model_len": limit,
-        "parameters": model.parameters,
-        "dtype": model.dtype,
-    }
-
-
-def _named(ctx: Context, name: str | None) -> ServedModel:
-    """Return the loaded model if it is the one that `name` means; load one named ft:…. Raises Refused (404)."""
-    if name is not None and name.startswith(tuned_models.PREFIX):
-        return tuned_models.named(ctx, name)
-    served = loaded_model(ctx)
-    if name is None or name in (served.id, served.reference.label):
-        return served
-    message = f"the model {name[:100]!r} is not loaded; {served.id} is, and POST /api/load_model loads another"
-    raise Refused(404, message, "model_not_found", "model")
-
-
 def _note_ignored(body: type[OpenAIBody]) -> None:
     g.ignored_params = body.ignored(request.get_json())
 
 
 @routes.get("/v1/models", responses={200: ModelList})
 def models() -> dict[str, Any]:
-    """List the models that answer: the loaded one, and what fine-tuning jobs made."""
-    ctx = context()
-    served = ctx.engine.served()
-    data = [] if served is None else [_model_object(served, context_tokens(ctx, served))]
-    return {"object": "list", "data": data + tuned_models.listed(ctx)}
+    """List the models that a request may name, loaded or not, and what they take."""
+    return {"object": "list", "data": context().catalogue.entries()}
 
 
 @routes.get("/v1/models/<path:model_id>", responses={200: ModelObject})
 def model(path: ModelPath) -> dict[str, Any]:
     """Describe a model."""
-    ctx = context()
-    if path.model_id.startswith(tuned_models.PREFIX):
-        return tuned_models.described(ctx, path.model_id)
-    served = _named(ctx, path.model_id)
-    return _model_object(served, context_tokens(ctx, served))
+    return context().catalogue.entry(path.model_id)
+
+
+@routes.delete("/v1/models/<path:model_id>", responses={200: ModelDeleted})
+def delete_model(path: ModelPath) -> dict[str, Any]:
+    """Move a trained run to the trash, with all its checkpoints."""
+    ctx, name = context(), path.model_id
+    reference = ctx.catalogue.reference(name)
+    if reference is None or reference.kind != "trained" or "/" in reference.id:
+        raise Refused(400, f"{name[:100]} is not a run that was trained here; only such models can be deleted")
+    if ctx.loader.serves(reference.id):
+        raise Refused(400, f"{name[:100]} is the current model; POST /api/load_model another one first")
+    try:
+        ctx.jobs.delete(reference.id)
+    except NotFound:
+        raise Refused(400, f"{reference.id} was not trained by a job of this server; delete its folder") from None
+    ctx.engine.forget(reference.id)
+    return {"id": name, "object": "model", "deleted": True}
 
 
 def _prompt_ids(ctx: Context, served: ServedModel, body: CompletionBody) -> list[list[int]]:
@@ -130,15 +119,15 @@ def tutorial_completions(body: CompletionBody) -> Response | dict[str, Any]:
 def _complete(body: CompletionBody) -> Response | dict[str, Any]:
     _note_ignored(CompletionBody)
     ctx = context()
-    served = _named(ctx, body.model)
-    prompts = _prompt_ids(ctx, served, body)
-    max_tokens = _max_tokens(body, max(map(len, prompts)), context_tokens(ctx, served))
-    try:
-        params = body.params(max_tokens)
-    except ValueError as error:
-        raise Refused(400, str(error)) from None
-    client = Client(request.environ)
-    batch = Batch(ctx, served, prompts, params, client, g.request_id, body.candidates, body.stop)
+    with using(ctx, body.model) as served:
+        prompts = _prompt_ids(ctx, served, body)
+        max_tokens = _max_tokens(body, max(map(len, prompts)), context_tokens(ctx, served))
+        try:
+            params = body.params(max_tokens)
+        except ValueError as error:
+            raise Refused(400, str(error)) from None
+        client = Client(request.environ)
+        batch = Batch(ctx, served, prompts, params, client, g.request_id, body.candidates, body.stop)
     if body.stream:
         return sse.response(openai_replies.chunks(body, batch, g.request_id), batch.close, openai=True)
     return openai_replies.reply(body, batch.finish(), g.request_id)
@@ -148,21 +137,23 @@ def _complete(body: CompletionBody) -> Response | dict[str, Any]:
 def tokenize(body: TokenizeBody) -> dict[str, Any]:
     """Turn text into token ids; the end-of-text token's name is one id."""
     ctx = context()
-    served = loaded_model(ctx)
     text = body.prompt if body.prompt is not None else body.content
     if text is None:
         raise Refused(400, "prompt is required", param="prompt")
+    with using(ctx, body.model) as served:
+        tokenizer, limit = served.tokenizer, context_tokens(ctx, served)
     try:
-        tokens = served.tokenizer.encode_with_special(text)
+        tokens = tokenizer.encode_with_special(text)
     except ValueError as error:
         raise Refused(400, f"prompt: {error}", param="prompt") from None
-    return {"tokens": tokens, "count": len(tokens), "max_model_len": context_tokens(ctx, served)}
+    return {"tokens": tokens, "count": len(tokens), "max_model_len": limit}
 
 
 @routes.post("/detokenize")
 def detokenize(body: DetokenizeBody) -> dict[str, Any]:
     """Turn token ids into text."""
-    text = loaded_model(context()).tokenizer.decode(body.tokens)
+    with using(context(), body.model) as served:
+        text = served.tokenizer.decode(body.tokens)
     return {"prompt": text, "content": text}
 
 

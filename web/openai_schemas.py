@@ -90,7 +90,7 @@ def _ids_of(bias: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
 class CompletionBody(OpenAIBody, SamplingFields):
     """A text completion."""
 
-    model: str | None = Field(None, description="an id of /v1/models; default: the loaded model")
+    model: str | None = Field(None, description="an id of /v1/models; default: the current model")
     prompt: PromptField = Field(description="what to continue", examples=["Once upon a time"])
     max_tokens: int | None = Field(None, ge=0, lt=2**31, description=f"most new tokens; default {DEFAULT_MAX_TOKENS}")
     temperature: float = Field(1.0, ge=0, le=100, description="0 is greedy")
@@ -169,6 +169,7 @@ class CompletionBody(OpenAIBody, SamplingFields):
 class TokenizeBody(OpenAIBody):
     """A text to tokenize."""
 
+    model: str | None = Field(None, description="an id of /v1/models; default: the current model")
     prompt: str | None = Field(None, description="the text")
     content: str | None = Field(None, description="the text, as llama.cpp's clients call it")
     add_special_tokens: bool = Field(False, description="not used: GPT-2 adds none")
@@ -177,6 +178,7 @@ class TokenizeBody(OpenAIBody):
 class DetokenizeBody(OpenAIBody):
     """Token ids to turn into text."""
 
+    model: str | None = Field(None, description="an id of /v1/models; default: the current model")
     tokens: list[int] = Field(max_length=MAX_IDS, description="token ids")
 
 
@@ -222,10 +224,24 @@ class ModelObject(Reply):
     object: str
     created: int
     owned_by: str
+    kind: str
+    loaded: bool
+    max_model_len: int | None
+    parameters: int | None
+    size_bytes: int | None
+    memory_bytes: int | None
+
+
+class ModelDeleted(Reply):
+    """A model that is in the trash."""
+
+    id: str
+    object: str
+    deleted: bool
 
 
 class ModelList(Reply):
-    """The models that answer."""
+    """The models that a request may name."""
 
     object: str
     data: list[ModelObject]

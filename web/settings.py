@@ -59,6 +59,12 @@ class Settings:
 
     device: str = setting("auto", "where models run", choices=("auto", "cpu", "cuda", "mps"), also="DEFAULT_DEVICE")
     dtype: str = setting("auto", "precision of the weights that serve", choices=("auto", "fp32", "bf16", "int8"))
+    model_memory_bytes: int | None = setting(
+        None,
+        "most bytes of memory that models take together which requests name; default: half of the machine's",
+        1,
+        2**50,
+    )
     threads: int | None = setting(None, "CPU threads that compute; default: chosen by torch", 1, 1024)
     slots: int = setting(16, "sequences that run at once", 1, 4096)
     prefill_tokens: int = setting(512, "most prompt tokens computed in one step", 1, 65536)

@@ -1,0 +1,173 @@
+"""The catalogue: every model that a request under /v1 may name, and what each takes.
+
+A name is the id of the current model, a pretrained name or folder that is on this machine, a run of out/ (my_run,
+my_run/best, out/my_run/ckpt.pt), or ft:… of a fine-tuning job. Nothing is loaded here, and nothing is fetched: what
+is not on this machine is fetched by POST /api/load_model only.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from inference.backend import Footprint, InferenceBackend, ServedModel
+from storage import hub
+from storage.errors import NotFound, StorageError
+from storage.files import quoted
+from storage.registry import PRETRAINED, ModelReference, local_folder, pretrained_names, resolve, trained_models
+from storage.runs import CHECKPOINT, Workspace
+from training import fine_tuning
+from training.jobs import JobManager
+from web.errors import Refused
+from web.loading import check_allowed
+from web.settings import Settings
+
+TUNED = "ft:"
+Json = dict[str, Any]
+
+
+class Catalogue:
+    """Turn names into models, and list them."""
+
+    def __init__(self, settings: Settings, engine: InferenceBackend, workspace: Workspace, jobs: JobManager):
+        self._settings, self._engine, self._workspace, self._jobs = settings, engine, workspace, jobs
+        self._footprints: dict[tuple[Path, int], Footprint | None] = {}  # by path and when it was written
+
+    # --- one model
+
+    def reference(self, name: str | None) -> ModelReference | None:
+        """Return the model of this name, None for the current one. Raises Refused (404, 403)."""
+        if name is None:
+            return None
+        try:
+            found = self._resolve(name)
+        except StorageError as error:
+            served = self._engine.served()
+            if served is not None and name in (served.id, served.reference.label):
+                return None  # it serves from memory, though its file is gone
+            message = str(error) if isinstance(error, NotFound) else f"there is no model {quoted(name)}"
+            raise Refused(404, f"{message}; GET /v1/models lists those there are", "model_not_found", "model") from None
+        check_allowed(self._settings, found)
+        return found
+
+    def _resolve(self, name: str) -> ModelReference:
+        """Return the model of this name. Raises StorageError."""
+        if name.startswith(TUNED):
+            return resolve(self._workspace, model_path=fine_tuning.model_path(self._workspace, name))
+        if name in pretrained_names(self._workspace):
+            if local_folder(self._workspace, name) is None and (name not in PRETRAINED or hub.cached(name) is None):
+                raise NotFound(f"the model {name} is not on this machine; POST /api/load_model fetches it")
+            return resolve(self._workspace, model_type=name)
+        if name.startswith(("out/", "models/")):
+            return resolve(self._workspace, model_path=name)
+        if "/" in name:
+            try:
+                return resolve(self._workspace, model_path=f"out/{name}.pt")
+            except NotFound:
+                pass  # then it is a folder
+        try:
+            return resolve(self._workspace, model_path=f"out/{name}")
+        except NotFound:
+            raise NotFound(f"there is no model {quoted(name)}") from None
+
+    def entry(self, name: str) -> Json:
+        """Return the model object of a name. Raises Refused (404, 403)."""
+        reference = self.reference(name)
+        if reference is None:
+            served = self._engine.served()
+            if served is None:
+                raise Refused(404, f"the model {quoted(name)} is not loaded any more", "model_not_found", "model")
+            reference = served.reference
+        return self._object(name if name.startswith(TUNED) else reference.id, reference, self._loaded())
+
+    # --- all models
+
+    def entries(self) -> list[Json]:
+        """Return a model object for every name, the current model first."""
+        loaded, allowed, found = self._loaded(), self._settings.model_allow_list, dict[str, Json]()
+        for name, reference in self._all():
+            if allowed and name not in loaded and not {reference.id, reference.label}.intersection(allowed):
+                continue
+            if name not in found:
+                found[name] = self._object(name, reference, loaded)
+        return list(found.values())
+
+    def _all(self) -> Iterator[tuple[str, ModelReference]]:
+        served = self._engine.served()
+        if served is not None:
+            yield served.id, served.reference
+        for name in pretrained_names(self._workspace):
+            if local_folder(self._workspace, name) is not None:
+                yield name, resolve(self._workspace, model_type=name)
+        for described in trained_models(self._workspace):
+            run = self._workspace.run(described["name"])
+            for path in dict.fromkeys((described["path"], f"{run.relative}/{run.best.name}")):
+                try:
+                    reference = resolve(self._workspace, model_path=path)
+                except StorageError:
+                    continue
+                yield reference.id, reference
+        yield from self._tuned()
+
+    def _tuned(self) -> Iterator[tuple[str, ModelReference]]:
+        """Give the result and each checkpoint of the jobs that have succeeded."""
+        for job in self._jobs.list():
+            if job.state != "succeeded":
+                continue
+            run = self._workspace.run(job.name)
+            name = fine_tuning.model_name(job.describe(), run)
+            for saved in fine_tuning.saved_checkpoints(run):
+                reference = resolve(self._workspace, model_path=f"{run.relative}/{saved.file}")
+                if saved.file == CHECKPOINT:
+                    yield name, reference
+                yield f"{name}:ckpt-step-{saved.step}", reference
+
+    def _loaded(self) -> dict[str, ServedModel]:
+        served = self._engine.served()
+        return {model.id: model for model in (*self._engine.models(), *([] if served is None else [served]))}
+
+    # --- what is said of one
+
+    def _object(self, name: str, reference: ModelReference, loaded: dict[str, ServedModel]) -> Json:
+        served, takes = loaded.get(reference.id), self._footprint(reference)
+        limits = (self._settings.max_context_tokens, reference.max_context_tokens)
+        length = served.block_size if served is not None else None if takes is None else takes.block_size
+        known = [limit for limit in (length, *limits) if limit is not None]
+        written = _written(reference)
+        return {
+            "id": name,
+            "object": "model",
+            "created": int(written / 1e9 if written else 0 if served is None else served.loaded_at),
+            "owned_by": "local",
+            "kind": reference.kind,
+            "loaded": served is not None,
+            "max_model_len": None if length is None else min(known),
+            "parameters": served.parameters if served is not None else None if takes is None else takes.parameters,
+            "size_bytes": None if takes is None else takes.size_bytes,
+            "memory_bytes": served.memory_bytes
+            if served is not None
+            else None
+            if takes is None
+            else takes.memory_bytes,
+        }
+
+    def _footprint(self, reference: ModelReference) -> Footprint | None:
+        """Return what a model takes; None for one whose file says nothing sound, or is gone."""
+        if reference.path is None:
+            return None
+        key = (reference.path, _written(reference))
+        if key not in self._footprints:
+            for old in [old for old in self._footprints if old[0] == reference.path]:
+                self._footprints.pop(old, None)
+            try:
+                self._footprints[key] = self._engine.measure(reference)
+            except (StorageError, ValueError):
+                self._footprints[key] = None
+        return self._footprints[key]
+
+
+def _written(reference: ModelReference) -> int:
+    """Return when a model's file was written, in nanoseconds since the epoch; 0 if it is gone."""
+    try:
+        return 0 if reference.path is None else reference.path.stat().st_mtime_ns
+    except OSError:
+        return 0
