@@ -80,6 +80,14 @@ class Process:
         self._reader.join()
 
 
+def alive(pid: int) -> bool:
+    """Say whether a process runs; one that has ended may wait for its parent to notice."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def until(found: Callable[[], object], patience: float = PATIENCE):
     """Return what `found` returns once it is true; fail when that takes too long."""
     deadline = time.monotonic() + patience
@@ -297,3 +305,22 @@ def test_a_second_signal_ends_at_once(root):
             assert time.monotonic() - begun < 4
     finally:
         process.end()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a worker looks for its parent every second")
+def test_after_a_killed_master_the_next_server_starts_at_once(root):
+    first = Process(root, "--threads", "1")
+    worker = first.worker()
+    os.kill(worker, signal.SIGSTOP)  # it cannot see for itself that its master has gone
+    first.child.kill()
+    try:
+        until(lambda: not alive(worker), 10)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGKILL)
+        first.end()
+    second = Process(root, "--threads", "1", "--port", str(first.port))
+    try:
+        assert second.get("/health").status_code == 200
+    finally:
+        second.end()
