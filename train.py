@@ -31,6 +31,7 @@ from learning.team import Team
 from model import GPT, GPTConfig
 from storage import checkpoints, tokenizer
 from storage.datasets import Splits, dataset
+from storage.errors import StorageError
 from storage.registry import pretrained_names
 from storage.runs import Run, Workspace
 from storage.tokenizer import Tokenizer
@@ -42,6 +43,7 @@ from training.outcome import Diverged, Outcome
 from training.progress import PreparationLine
 from training.report import Report, losses
 from training.resumption import require_resumable, warn_of_differences
+from training.roll_back import RollBacks
 from training.run_folder import claim
 from training.schedule import learning_rate
 from training.starting_point import check_fit, reference, require_memory, shorter_context, window_of
@@ -93,12 +95,20 @@ class Trainer:
         self.config, self.machine, self.team, self.splits, self.stop = config, machine, team, splits, stop
         self.window = window_of(config, model.config.block_size)
         self.model = model.to(machine.device)
-        self.optimizers = optimizers(config, self.model)
-        self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == "fp16")
         self.forward: nn.Module = torch.compile(self.model) if config.compile else self.model
         if team.world > 1:
             self.forward = DistributedDataParallel(self.forward)
-        self.order = WindowOrder(len(splits.train), self.window, config.seed)
+        self.saved: int | None = None  # the iteration of the newest checkpoint
+        self.roll_backs = RollBacks(model.config.vocab_size)
+        self.begin()
+
+    def begin(self) -> None:
+        """Stand before the first iteration; weights, and how often the run was rolled back, stay."""
+        self.model.zero_grad(set_to_none=True)
+        self.roll_backs.forget_losses()
+        self.optimizers = optimizers(self.config, self.model)
+        self.scaler = torch.amp.GradScaler(self.machine.device.type, enabled=self.machine.dtype == "fp16")
+        self.order = WindowOrder(len(self.splits.train), self.window, self.config.seed)
         self.iter_num, self.evaluated, self.seconds = 0, -1, 0.0
         self.best = BestLoss()
 
@@ -136,26 +146,27 @@ class Trainer:
             self.scaler.scale(loss).backward()
             total += loss.detach()
         loss = self.team.sum(total.item()) / world
-        if not math.isfinite(loss):
-            raise Diverged(f"the loss is {loss} at iteration {self.iter_num}; lower learning_rate")
+        self.roll_backs.see(self.iter_num, loss)
         result = {"loss": loss, **self.step()}
         self.seconds += time.perf_counter() - began
         return result
 
     def step(self) -> dict[str, float]:
-        """Let the optimizers move the weights along the clipped gradients."""
-        rate = learning_rate(self.config, self.iter_num)
+        """Let the optimizers move the weights along the clipped gradients, if those are numbers."""
+        rate = learning_rate(self.config, self.iter_num) * self.roll_backs.factor
         for optimizer in self.optimizers.values():
             self.scaler.unscale_(optimizer)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf).item()
+        if not (math.isfinite(norm) or self.scaler.is_enabled()):  # the scaler leaves such an iteration out by itself
+            raise Diverged(f"the gradient's norm is {norm} at iteration {self.iter_num}; lower learning_rate")
         for optimizer in self.optimizers.values():
             self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
         self.iter_num += 1
-        return {"learning_rate": rate, "grad_norm": norm.item()}
+        return {"learning_rate": rate, "grad_norm": norm}
 
     @torch.no_grad()
     def loss_on(self, tokens: Tokens) -> float:
@@ -204,6 +215,7 @@ class Trainer:
         weights = {"model": self.model.state_dict(), "optimizer": named["adamw"] if len(named) == 1 else named}
         about = {"model_args": shape.model_args(), "activation": shape.activation, "tied": shape.tied}
         reached = {"iter_num": self.iter_num, "evaluated": self.evaluated, **self.best.state()}
+        reached["roll_backs"] = self.roll_backs.state()
         position = {"data_state": self.order.state(), "scaler": self.scaler.state_dict(), "seconds": self.seconds}
         return weights | about | reached | position | {"config": self.config.given(), "made_by": self.made_by()}
 
@@ -218,6 +230,7 @@ class Trainer:
             optimizer.load_state_dict(state["optimizer"] if len(self.optimizers) == 1 else state["optimizer"][name])
         self.iter_num, self.evaluated = state["iter_num"], state["evaluated"]
         self.best.restore(state, self.config.patience)
+        self.roll_backs.restore(state.get("roll_backs", {}))
         self.seconds = state["seconds"]
         warn_of_differences(state["made_by"], self.made_by())
         self.order.restore(state["data_state"])
@@ -231,6 +244,57 @@ def save(trainer: Trainer, run: Run, best: bool) -> None:
         checkpoints.save_checkpoint(run.checkpoint, state)
         if best:
             checkpoints.save_checkpoint(run.best, state | {"optimizer": None})
+    trainer.saved = trainer.iter_num
+
+
+def last_good(run: Run) -> dict[str, Any] | None:
+    """Return the state in the newest checkpoint from before the losses rose, None if there is none."""
+    for path in (run.checkpoint, run.previous):
+        with contextlib.suppress(StorageError):
+            state = checkpoints.load_training_state(path)
+            if state.get("roll_backs", {}).get("spikes", 0) == 0:
+                return state
+    return None
+
+
+def roll_back(trainer: Trainer, workspace: Workspace, run: Run, reason: Diverged) -> None:
+    """Go back to the last good checkpoint, or to the start if none was written yet, with half the rate.
+
+    Raises Diverged when that has been done often enough, or cannot be done.
+    """
+    state = None if trainer.saved is None else last_good(run)
+    if state is None and trainer.config.init_from == "resume":
+        raise reason
+    trainer.roll_backs.again(reason, 0 if state is None else state["iter_num"])
+    model = start(trainer.config, workspace, run, first=False)[0].state_dict() if state is None else state["model"]
+    trainer.model.load_state_dict(model)
+    trainer.begin()
+    if state is not None:
+        trainer.restore(state)
+        trainer.team.sum(0)  # nobody may still be reading what process 0 replaces
+        save(trainer, run, best=False)
+
+
+def loop(trainer: Trainer, run: Run, report: Report, outcome: Outcome) -> None:
+    """Iterate from where the trainer stands to the end, which is also an early or a requested one, and save."""
+    config, update = trainer.config, {}
+    while True:
+        evaluation, best = trainer.evaluate()
+        outcome.reached(trainer.iter_num, trainer.best.loss)
+        memory = trainer.machine.memory_bytes()
+        report.iteration(trainer.iter_num, update, evaluation, trainer.seconds, memory, trainer.roll_backs.note)
+        if evaluation is not None and trainer.iter_num > 0:
+            if trainer.team.rank == 0 and config.sample_tokens and not trainer.stop.requested:
+                report.sample(trainer.iter_num, *trainer.sample())
+            save(trainer, run, best)
+        early = trainer.best.verdict(trainer.iter_num, config)
+        if trainer.iter_num >= config.max_iters or early is not None or trainer.team.sum(trainer.stop.requested):
+            break
+        update = trainer.update()
+    if trainer.saved != trainer.iter_num:
+        save(trainer, run, best=False)
+    outcome.note = "; ".join(filter(None, (trainer.roll_backs.note, early))) or None
+    outcome.stopped = trainer.iter_num < config.max_iters and early is None
 
 
 def train(config: TrainConfig, workspace: Workspace, run: Run, team: Team, outcome: Outcome, stop: StopSignal) -> None:
@@ -247,26 +311,18 @@ def train(config: TrainConfig, workspace: Workspace, run: Run, team: Team, outco
     report = Report(run if first else None, config, machine.name)
     if state:
         trainer.restore(state)
+        trainer.saved = trainer.iter_num
         report.resume(trainer.iter_num, trainer.seconds)
     report.start(model.num_params(), trainer.window, model.flops_per_token(trainer.window))
 
-    update, saved, stop.looping = {}, trainer.iter_num if state else -1, True
+    stop.looping = True
     while True:
-        evaluation, best = trainer.evaluate()
-        outcome.reached(trainer.iter_num, trainer.best.loss)
-        report.iteration(trainer.iter_num, update, evaluation, trainer.seconds, machine.memory_bytes())
-        if evaluation is not None and trainer.iter_num > 0:
-            if first and config.sample_tokens and not stop.requested:
-                report.sample(trainer.iter_num, *trainer.sample())
-            save(trainer, run, best)
-            saved = trainer.iter_num
-        outcome.note = trainer.best.verdict(trainer.iter_num, config)
-        if trainer.iter_num >= config.max_iters or outcome.note is not None or team.sum(stop.requested):
-            break
-        update = trainer.update()
-    if saved != trainer.iter_num:
-        save(trainer, run, best=False)
-    outcome.stopped = trainer.iter_num < config.max_iters and outcome.note is None
+        try:
+            return loop(trainer, run, report, outcome)
+        except Diverged as error:
+            reason = error.with_traceback(None)  # its frames hold memory of the device
+        roll_back(trainer, workspace, run, reason)
+        report.rolled_back(trainer.iter_num, trainer.seconds, trainer.roll_backs.note)
 
 
 def main(argv: list[str] | None = None) -> int:

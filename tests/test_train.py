@@ -358,23 +358,46 @@ def test_a_loss_that_is_no_number_fails_and_never_reaches_a_checkpoint(place, mo
 
     monkeypatch.setattr(train.Trainer, "batch", spoiling)
     assert place.train("a") == 1
-    assert place.result("a")["error"] == "the loss is nan at iteration 9; lower learning_rate"
+    often = "after 4 roll-backs and with 1/16 of learning_rate"
+    assert place.result("a")["error"] == f"the loss is nan at iteration 9, {often}; lower learning_rate"
     assert place.state("a")["iter_num"] == 6 and all(p.isfinite().all() for p in place.state("a")["model"].values())
+
+
+def test_a_gradient_that_is_no_number_moves_no_weight(place, monkeypatch):
+    def spoiling(self):
+        if self.iter_num == 7:
+            for p in self.model.parameters():
+                p.grad = torch.full_like(p, math.inf)
+        with torch.no_grad():
+            before = [p.clone() for p in self.model.parameters()]
+            try:
+                return step(self)
+            except train.Diverged:
+                assert all(torch.equal(a, b) for a, b in zip(before, self.model.parameters(), strict=True))
+                raise
+
+    step = train.Trainer.step
+    monkeypatch.setattr(train.Trainer, "step", spoiling)
+    assert place.train("a") == 1
+    assert "the gradient's norm is inf at iteration 7" in place.result("a")["error"]
+    assert place.state("a")["iter_num"] == 6
 
 
 def test_a_weight_that_is_no_number_is_never_saved(place, monkeypatch):
     step = train.Trainer.step
 
     def spoiling(self):
-        if self.iter_num == 7:
+        result = step(self)
+        if self.iter_num == 8:
             self.stop.requested = True
-            for p in self.model.parameters():
-                p.grad = torch.full_like(p, math.inf)
-        return step(self)
+            with torch.no_grad():
+                self.model.lm_head.weight[0] = math.nan
+        return result
 
     monkeypatch.setattr(train.Trainer, "step", spoiling)
-    assert place.train("a") == 1
-    assert "a weight is no longer a number" in place.result("a")["error"] and place.state("a")["iter_num"] == 6
+    assert place.train("a") == 0
+    assert (place.result("a")["state"], place.state("a")["iter_num"]) == ("stopped", 6)
+    assert "a weight is no longer a number at iteration 8" in place.result("a")["note"]
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()], ids=["cuda", "python"])

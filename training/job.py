@@ -126,7 +126,7 @@ class Job:
             "started": status.started,
             "finished": status.finished,
             "error": status.error,
-            "note": result.get("note"),
+            "note": result.get("note") or row.get("note"),
             "exit_code": status.exit_code,
             "activity": job_log.last_lines(self.run.log, 1)[-200:] or None if running else None,
             "process_id": status.identity.pid if running and status.identity is not None else None,

@@ -51,12 +51,25 @@ class Report:
         if self.run is not None:
             self.line.say(f"{quantity(parameters)} parameters, {quantity(self.tokens)} tokens per iteration")
 
+    def rolled_back(self, iter_num: int, seconds: float, note: str | None) -> None:
+        """Say that the run went back to `iter_num`, and why; what was reported after it will come again."""
+        self.resume(iter_num, seconds)
+        if self.run is not None:
+            self.line.say(str(note))
+            metrics.append(self.run.metrics, {"iter_num": iter_num, "note": note, "time": time.time()})
+
     def iteration(
-        self, iter_num: int, update: dict[str, Any], evaluation: dict[str, Any] | None, seconds: float, memory: int
+        self,
+        iter_num: int,
+        update: dict[str, Any],
+        evaluation: dict[str, Any] | None,
+        seconds: float,
+        memory: int,
+        note: str | None = None,
     ) -> None:
         """Report an iteration: its loss, rate and norm ({} before the first), and an evaluation if there was one.
 
-        `seconds` of training have passed in all, evaluations not counted.
+        `seconds` of training have passed in all, evaluations not counted; `note` is repeated with each evaluation.
         """
         if evaluation is not None:
             self.val_loss = evaluation["val_loss"]
@@ -74,6 +87,7 @@ class Report:
             self.line.say(f"at iteration {iter_num}: val {self.val_loss:.4f}")
         if due:
             row |= {"elapsed_seconds": seconds, "memory_bytes": memory, "time": time.time(), **(evaluation or {})}
+            row |= {} if note is None or evaluation is None else {"note": note}
             metrics.append(self.run.metrics, row)
             self.since = (iter_num, seconds)
 
