@@ -4,13 +4,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import peer_llama
 from bench.bench_generate import COLUMNS, Lineup, measure, ours, pairs, report
+from bench.bench_quality import windows, with_channels_far_out
 from bench.contestant import Absent, Process, Result
 from bench.measure import Figure, comparison
 from bench.reference_model import model_folder, prompts
 from bench.write_gguf import renamed
+from model import GPT, GPTConfig
 
 
 def test_our_engine_takes_part_and_fills_every_column(tmp_path: Path) -> None:
@@ -96,3 +99,20 @@ def test_a_table_names_the_aim_of_a_peer_by_the_start_of_its_name() -> None:
     figures = {c.title: {"ours bf16": Figure([5.0]), "llama.cpp BF16": Figure([5.0])} for c in COLUMNS}
     text = report(figures, COLUMNS, [("ours bf16", "llama.cpp BF16")], "bf16")
     assert "aim 1.25: does not hold" in text and "aim 2.6" in text
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_channels_far_out_leave_the_function_as_it_is(bias: bool) -> None:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=16, vocab_size=40, bias=bias)).eval()
+    changed = with_channels_far_out(model)
+    ids = torch.arange(16)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(changed(ids)[0], model(ids)[0], atol=1e-5, rtol=1e-4)
+    gains = changed.transformer["h"][0].ln_1.weight
+    assert (gains > 29).sum() == 2 and gains.max() < 101
+
+
+def test_windows_are_spread_evenly_and_whole() -> None:
+    assert windows(list(range(101)), 10, 3) == [list(range(a, a + 11)) for a in (0, 30, 60)]
+    assert [w[0] for w in windows(list(range(25)), 10, 9)] == [0, 10] and windows([1, 2], 10, 3) == []

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inference import build as building
-from inference.build import RunnerOptions, build_runner, fingerprint, pick_device
+from inference.build import RunnerOptions, build_runner, choose, fingerprint, pick_device
 from inference.torch_runner import TorchRunner
 from model import GPT, GPTConfig
 
@@ -208,6 +208,16 @@ def test_the_torch_runner_serves_where_the_native_one_does_not(monkeypatch: pyte
     assert (runner.name, runner.device, runner.dtype, runner.slots, reason) == ("torch", "cpu", "fp32", 3, "a test")
     with pytest.raises(ValueError, match="int8"):
         build_runner(tiny(), RunnerOptions(device="cpu", dtype="int8"))
+
+
+@pytest.mark.parametrize(("flags", "dtype"), [({"avx512_vnni"}, "int8"), (set(), "bf16")], ids=str)
+def test_auto_is_int8_in_the_native_runner_where_the_cpu_multiplies_bytes(
+    flags: set[str], dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(building, "_native_refusal", lambda *_: None)
+    monkeypatch.setattr(building, "cpu_flags", lambda: frozenset(flags))
+    assert choose(tiny().config, RunnerOptions(device="cpu")).dtype == dtype
+    assert choose(tiny().config, RunnerOptions(device="cpu", dtype="fp32")).dtype == "fp32"
 
 
 def test_a_fingerprint_changes_with_any_weight() -> None:
