@@ -29,6 +29,7 @@ from storage.registry import resolve
 from storage.runs import Workspace
 from training.jobs import JobManager
 from web import (
+    embedding_routes,
     errors,
     file_routes,
     fine_tuning_routes,
@@ -100,7 +101,15 @@ def create_app(settings: Settings, engine: InferenceBackend, jobs: JobManager, w
     errors.register(app)
     _note_request(app, metrics)
     security.protect(app, settings)
-    for module in (native_routes, job_routes, openai_routes, file_routes, fine_tuning_routes, health_routes):
+    for module in (
+        native_routes,
+        job_routes,
+        openai_routes,
+        embedding_routes,
+        file_routes,
+        fine_tuning_routes,
+        health_routes,
+    ):
         app.register_api(module.routes)
     return app
 

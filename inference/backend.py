@@ -24,6 +24,7 @@ class ServedModel:
     tokenizer: "Tokenizer"
     block_size: int
     vocab_size: int
+    n_embd: int  # numbers in an embedding
     parameters: int
     memory_bytes: int  # of weights and cache
     runner: str  # "torch", "native"
@@ -65,6 +66,12 @@ class InferenceBackend(Protocol):
         `request_id` names it for `request()`; one that is still at work here is a ValueError. Owners who wait
         at the same time get the same number of slots.
         """
+        ...
+
+    def embed(
+        self, model: ServedModel, prompt_ids: Sequence[int], request_id: str | None = None, owner: str = ""
+    ) -> Generation:
+        """Queue a prompt whose final hidden states are wanted, as the Generation's `embedding`; see `submit`."""
         ...
 
     def load(self, reference: "ModelReference") -> ServedModel:

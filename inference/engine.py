@@ -125,7 +125,18 @@ class Engine:
         owner: str = "",
     ) -> Generation:
         """Queue a request; see `InferenceBackend.submit`."""
+        return self._enter(model, self._sequence(model, list(prompt_ids), params), request_id, owner)
+
+    def embed(
+        self, model: ServedModel, prompt_ids: Sequence[int], request_id: str | None = None, owner: str = ""
+    ) -> Generation:
+        """Queue a prompt to embed; see `InferenceBackend.embed`."""
+        params = SamplingParams(max_new_tokens=0, prompt_logprobs=True)  # so that each prompt token is computed
         sequence = self._sequence(model, list(prompt_ids), params)
+        sequence.embeds = True
+        return self._enter(model, sequence, request_id, owner)
+
+    def _enter(self, model: ServedModel, sequence: seq.Sequence, request_id: str | None, owner: str) -> Generation:
         sequence.owner = owner
         if request_id is not None:
             sequence.id = request_id

@@ -9,6 +9,7 @@ import logging
 import math
 import sys
 import time
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from inference.admission import Admission
@@ -57,8 +58,13 @@ class Lane:
         for sequence in self.scheduler.admit(time.monotonic()):
             self.admission.started(sequence)
         step = self.scheduler.next_step()
-        if step is None:
-            return 0
+        tokens = 0 if step is None else self._generate(step)
+        embedding = self.scheduler.next_embedding(decoding=step is not None and step.decoding > 0)
+        if embedding is not None:
+            self._embed(embedding)
+        return tokens
+
+    def _generate(self, step: Step) -> int:
         started = time.monotonic()
         try:
             tokens = self._compute(step)
@@ -110,6 +116,40 @@ class Lane:
         for sequence, scores in scored:
             sequence.prompt_logprobs.extend(scores)
         return [next(chosen) if share.samples else None for share in step.shares]
+
+    def _embed(self, step: Step) -> None:
+        """Compute one step of sequences that embed; a failure ends the sequence at fault, no other."""
+        started = time.monotonic()
+        try:
+            hidden = self.runner.hidden(step.tokens, step.slots, step.positions, step.want)
+            ends = list(accumulate(share.count for share in step.shares))
+            sums = [
+                hidden[end - share.count : end].sum(0).tolist() for share, end in zip(step.shares, ends, strict=True)
+            ]
+        except Exception as error:
+            logger.error("a step of %d embeddings failed: %s", len(step.shares), type(error).__name__)
+            self._embed_alone(step)
+            return
+        self.scheduler.budget.observe(0, len(step.tokens), time.monotonic() - started)
+        step.advance()
+        for share, values in zip(step.shares, sums, strict=True):
+            sequence = share.sequence
+            before = sequence.hidden_sum or [0.0] * len(values)
+            sequence.hidden_sum = [a + b for a, b in zip(before, values, strict=True)]
+            if not all(map(math.isfinite, values)):
+                self.finish(sequence, FinishReason.ERROR, Failure.NOT_A_NUMBER)
+            elif not sequence.in_prefill:
+                self.finish(sequence, FinishReason.LENGTH)
+
+    def _embed_alone(self, failed: Step) -> None:
+        """Compute each share of a step that failed by itself; end the sequence of one that has been by itself."""
+        for share in failed.shares:
+            sequence, alone = share.sequence, Step()
+            if len(failed.shares) == 1 or sequence.slot is None:
+                self.finish(sequence, FinishReason.ERROR, Failure.STEP)
+            else:
+                alone.add(sequence, sequence.slot, share.count)
+                self._embed(alone)
 
     def _emit(self, share: Share, token: Token | None) -> None:
         """Put a token, and end its sequence where it is the last."""

@@ -61,6 +61,7 @@ class ModelSource:
             tokenizer=tokenizer,
             block_size=runner.block_size,
             vocab_size=runner.vocab_size,
+            n_embd=config.n_embd,
             parameters=parameters,
             memory_bytes=memory_bytes(config, runner.name, runner.device, runner.dtype, runner.slots),
             runner=runner.name,

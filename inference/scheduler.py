@@ -32,7 +32,8 @@ class Share:
 class Step:
     """The rows of one call of `ModelRunner.rows`, and whose they are.
 
-    The wanted logits come in the order of `shares`: for each its `scores`, then one if it `samples`.
+    The wanted logits come in the order of `shares`: for each its `scores`, then one if it `samples`. Of a sequence
+    that `embeds` every row is wanted.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -50,6 +51,9 @@ class Step:
         scores = 0
         if sequence.params.prompt_logprobs and not decodes:
             scores = min(end, prompt - 1) - start  # row i predicts prompt token i + 1
+        if sequence.embeds:
+            scores, samples = 0, False
+            self.want.extend(range(first, first + count))
         self.tokens.extend([sequence.output_ids[start - prompt]] if decodes else sequence.prompt_ids[start:end])
         self.slots.extend([slot] * count)
         self.positions.extend(range(start, end))
@@ -138,15 +142,15 @@ class Scheduler:
         return min((s for s in self.waiting if first[s.owner] is s), key=lambda s: held[s.owner])
 
     def next_step(self) -> Step | None:
-        """Return the rows to compute next, or None when nothing runs."""
-        if not self.running:
-            return None
+        """Return the rows to compute next, or None when nothing runs that wants tokens."""
         step = Step()
         prefill: list[tuple[Sequence, int]] = []
         decode: list[tuple[int, Sequence]] = []
         for sequence in self.running:
             if sequence.slot is None:
                 raise AssertionError(f"{sequence.id} runs without a slot")
+            if sequence.embeds:
+                continue
             if sequence.in_prefill:
                 prefill.append((sequence, sequence.slot))
             else:
@@ -161,7 +165,17 @@ class Scheduler:
             if count > 0:
                 step.add(sequence, slot, count)
                 left -= count
-        return step
+        return step if step.shares else None
+
+    def next_embedding(self, decoding: bool) -> Step | None:
+        """Return the rows of sequences that embed: a step of their own, bounded as prompts beside others are."""
+        step, left = Step(), self.budget.tokens(decoding)
+        for sequence in self.running:
+            if sequence.embeds and sequence.slot is not None and left > 0:
+                count = min(left, len(sequence.prompt_ids) - sequence.computed)
+                step.add(sequence, sequence.slot, count)
+                left -= count
+        return step if step.shares else None
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, waiting or running, and free its slot."""

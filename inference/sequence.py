@@ -155,6 +155,7 @@ class Sequence:
     stop_ids: frozenset[int] = frozenset()  # the params' and, unless ignored, the tokenizer's end-of-text
     output_limit: int = 0  # max_new_tokens, or less where the context ends first
     id: str = field(default_factory=lambda: "req-" + uuid.uuid4().hex)
+    embeds: bool = False  # it wants the mean of its prompt's final hidden states, and no tokens
     owner: str = ""  # who asks: slots are shared out evenly among owners who wait for them
     deadline: float | None = None  # time.monotonic() after which it ends with an error
     cancelled: bool = False
@@ -163,6 +164,7 @@ class Sequence:
     computed: int = 0  # tokens of prompt + output whose keys and values are in the cache
     output_ids: list[int] = field(default_factory=list)
     prompt_logprobs: list[Token] = field(default_factory=list)  # for prompt_ids[1:], complete before the first Token
+    hidden_sum: list[float] = field(default_factory=list)  # of the prompt tokens computed so far
     cached_tokens: int = 0  # prompt tokens that a cache made it unnecessary to compute
     submitted_at: float = field(default_factory=time.monotonic)  # this and the next three: time.monotonic()
     started_at: float | None = None  # when it got a slot
@@ -218,6 +220,11 @@ class Generation:
     def cached_tokens(self) -> int:
         """Return how many prompt tokens came from a cache."""
         return self._sequence.cached_tokens
+
+    @property
+    def embedding(self) -> list[float]:
+        """Return the mean of the prompt's final hidden states; complete once it has finished."""
+        return [value / len(self._sequence.prompt_ids) for value in self._sequence.hidden_sum]
 
     def cancel(self) -> None:
         """Ask the engine to stop; a Finished event still comes."""

@@ -53,6 +53,7 @@ def served_model(tokenizer: Tokenizer, reference: ModelReference, block_size: in
         tokenizer=tokenizer,
         block_size=block_size,
         vocab_size=tokenizer.n_vocab,
+        n_embd=4,
         parameters=1234,
         memory_bytes=4936,
         runner="torch",
@@ -148,6 +149,12 @@ class FakeEngine:
         if not self.manual:
             self.run(sequence)
         return Generation(sequence)
+
+    def embed(self, model: ServedModel, prompt_ids: Any, request_id: str | None = None, owner: str = "") -> Generation:
+        generation = self.submit(model, prompt_ids, SamplingParams(max_new_tokens=0), request_id, owner)
+        embedded = self.sequences[-1]
+        embedded.hidden_sum = [float(sum(prompt_ids)), 0.0, 3.0 * len(prompt_ids), 4.0 * len(prompt_ids)]
+        return generation
 
     def _token(self, token_id: int, params: SamplingParams) -> Token:
         if params.logprobs is None:

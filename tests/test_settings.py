@@ -55,7 +55,7 @@ def test_the_well_known_bare_names_work(name, value, expected):
         ({"rate_limit": "often"}, "rate_limit is 'often'; it must be like '60 per minute'"),
         ({"model_type": "gpt2", "model_path": "out/x"}, "give one of model_type and model_path, not both"),
         ({"root": "/no/such/folder"}, "root is '/no/such/folder'; it must be a folder"),
-        ({"enable_embeddings_backend": "1"}, "enable_embeddings_backend is set, but embeddings are not available yet"),
+        ({"enable_embeddings_backend": "maybe"}, "enable_embeddings_backend is 'maybe'; it must be 1 or 0"),
     ],
 )
 def test_a_wrong_setting_is_named_with_its_value_and_what_it_must_be(flags, sentence):

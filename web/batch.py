@@ -65,18 +65,18 @@ def too_long(limit: int, prompt: str) -> PromptTooLong:
     return PromptTooLong(f"This model's maximum context length is {limit} tokens. However, {prompt}")
 
 
-def encode(text: str, tokenizer: Tokenizer, limit: int) -> list[int]:
+def encode(text: str, tokenizer: Tokenizer, limit: int, param: str = "prompt") -> list[int]:
     """Return a prompt's token ids; an empty one is the end-of-text token. Raises PromptTooLong and Refused."""
     if not text:
         if tokenizer.eot is None:
-            raise Refused(400, "prompt is empty; this model has no end-of-text token to start from", param="prompt")
+            raise Refused(400, f"{param} is empty; this model has no end-of-text token to start from", param=param)
         return [tokenizer.eot]
     if len(text) > limit * LONGEST_TOKEN:
-        raise too_long(limit, f"the prompt has {len(text)} characters")
+        raise too_long(limit, f"the {param} has {len(text)} characters")
     try:
         return tokenizer.encode(text)
     except ValueError as error:  # a character that a character vocabulary does not have
-        raise Refused(400, f"prompt: {error}", param="prompt") from None
+        raise Refused(400, f"{param}: {error}", param=param) from None
 
 
 def draw_seed() -> int:

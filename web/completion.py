@@ -80,7 +80,7 @@ class Completion:
 
     def _end(self, event: Finished) -> Piece:
         if event.reason not in (FinishReason.STOP, FinishReason.LENGTH):
-            raise _failure(event.error)
+            raise failure(event.error)
         text = ""
         if self._held is not None and event.reason is not FinishReason.STOP:
             text = self._decoder.push(self._held.token_id)
@@ -98,7 +98,7 @@ class Completion:
         return Piece(self, text, tokens, last=True)
 
 
-def _failure(error: Failure | None) -> Exception:
+def failure(error: Failure | None) -> Exception:
     """Return what is raised for a sequence that ended with `error`; None is a cancelled one."""
     kind = {Failure.OUT_OF_TIME: OutOfTime, Failure.SHUTTING_DOWN: EngineDown, Failure.ENGINE: EngineDown}
     return GenerationFailed("the request was cancelled") if error is None else kind.get(error, GenerationFailed)(error)

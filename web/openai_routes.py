@@ -1,8 +1,9 @@
 """/v1/models, /v1/completions, /completions, /tokenize, /detokenize, /tokenizer_info: OpenAI's inference API.
 
-What is not here yet (chat, embeddings) says so in OpenAI's words: 501, and what to use.
+What is not here yet (chat) says so in OpenAI's words: 501, and what to use.
 """
 
+from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -42,7 +43,8 @@ class ModelPath(BaseModel):
     model_id: str
 
 
-def _note_ignored(body: type[OpenAIBody]) -> None:
+def note_ignored(body: type[OpenAIBody]) -> None:
+    """Have the reply name the fields of the request that mean nothing here."""
     g.ignored_params = body.ignored(request.get_json())
 
 
@@ -75,21 +77,29 @@ def delete_model(path: ModelPath) -> dict[str, Any]:
     return {"id": name, "object": "model", "deleted": True}
 
 
+def token_ids(
+    texts: Sequence[str | list[int]], served: ServedModel, limit: int, param: str = "prompt"
+) -> list[list[int]]:
+    """Return the token ids of texts, each at most `limit`. Raises Refused and PromptTooLong."""
+    vocab_size, found = min(served.vocab_size, served.tokenizer.n_vocab), []
+    for text in texts:
+        ids = encode(text, served.tokenizer, limit, param) if isinstance(text, str) else text
+        wrong = next((token_id for token_id in ids if not 0 <= token_id < vocab_size), None)
+        if wrong is not None:
+            message = f"{param} has token id {wrong}, which is out of vocabulary: ids are 0 to {vocab_size - 1}"
+            raise Refused(400, message, param=param)
+        if len(ids) > limit:
+            raise too_long(limit, f"the {param} has {len(ids)} tokens")
+        found.append(ids)
+    return found
+
+
 def _prompt_ids(ctx: Context, served: ServedModel, body: CompletionBody) -> list[list[int]]:
     """Return the token ids of all prompts. Raises Refused and PromptTooLong."""
     most, wanted = ctx.settings.max_waiting, len(body.prompt) * body.candidates
     if wanted > most:
         raise Refused(400, f"prompt asks for {wanted} completions; a request may have at most {most}", param="prompt")
-    limit, vocab_size = context_tokens(ctx, served), min(served.vocab_size, served.tokenizer.n_vocab)
-    found = []
-    for prompt in body.prompt:
-        ids = encode(prompt, served.tokenizer, limit) if isinstance(prompt, str) else prompt
-        wrong = next((token_id for token_id in ids if not 0 <= token_id < vocab_size), None)
-        if wrong is not None:
-            message = f"prompt has token id {wrong}, which is out of vocabulary: ids are 0 to {vocab_size - 1}"
-            raise Refused(400, message, param="prompt")
-        found.append(ids)
-    return found
+    return token_ids(body.prompt, served, context_tokens(ctx, served))
 
 
 def _max_tokens(body: CompletionBody, longest: int, limit: int) -> int:
@@ -117,7 +127,7 @@ def tutorial_completions(body: CompletionBody) -> Response | dict[str, Any]:
 
 
 def _complete(body: CompletionBody) -> Response | dict[str, Any]:
-    _note_ignored(CompletionBody)
+    note_ignored(CompletionBody)
     ctx = context()
     with using(ctx, body.model) as served:
         prompts = _prompt_ids(ctx, served, body)
@@ -170,9 +180,3 @@ def tokenizer_info() -> dict[str, Any]:
 def chat_completions() -> Response:
     """Not available: the models here continue text; use /v1/completions."""
     raise Refused(501, "the models here complete text and do not chat; use /v1/completions", "not_implemented")
-
-
-@routes.post("/v1/embeddings", responses={501: OpenAIError})
-def embeddings() -> Response:
-    """Not available yet."""
-    raise Refused(501, "embeddings are not available yet", "not_implemented")

@@ -6,7 +6,7 @@ the text and cannot be honoured (a grammar, a suffix) is refused: to ignore it w
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, WithJsonSchema, field_validator, model_validator
 
@@ -17,6 +17,7 @@ from web.schemas import MAX_SAMPLES, Reply, SamplingFields
 DEFAULT_MAX_TOKENS = 16
 MAX_BEST_OF = 20
 MAX_LOGPROBS = 20
+MAX_INPUTS = 2048  # of an embeddings request
 MAX_IDS = 2**20  # of a token id list; far above any context
 UNSUPPORTED = (
     *("suffix", "grammar", "json_schema", "structured_outputs", "logits_processors", "use_beam_search"),
@@ -68,8 +69,8 @@ def _is_ids(value: Any) -> bool:
     return isinstance(value, list) and 0 < len(value) <= MAX_IDS and all(type(item) is int for item in value)
 
 
-def prompts(value: Any) -> list[str | list[int]]:
-    """Return a body's prompt as a list of texts or of id lists; raises ValueError."""
+def prompts(value: Any, name: str = "prompt") -> list[str | list[int]]:
+    """Return the texts of a body's field as a list of texts or of id lists; raises ValueError."""
     if isinstance(value, str):
         return [value]
     if _is_ids(value):
@@ -77,7 +78,7 @@ def prompts(value: Any) -> list[str | list[int]]:
     if isinstance(value, list) and value and (all(isinstance(v, str) for v in value) or all(map(_is_ids, value))):
         return value
     what = "an empty list" if value == [] else shown(value)
-    raise ValueError(f"prompt is {what}; it must be a text, a list of texts, or token ids, or a list of lists of them")
+    raise ValueError(f"{name} is {what}; it must be a text, a list of texts, or token ids, or a list of lists of them")
 
 
 def _ids_of(bias: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
@@ -182,6 +183,26 @@ class DetokenizeBody(OpenAIBody):
     tokens: list[int] = Field(max_length=MAX_IDS, description="token ids")
 
 
+class EmbeddingsBody(OpenAIBody):
+    """Texts to embed."""
+
+    model: str | None = Field(None, description="an id of /v1/models; default: the current model")
+    input: PromptField = Field(description="what to embed", examples=["Once upon a time"])
+    encoding_format: Literal["float", "base64"] = Field("float", description="numbers, or little-endian float32")
+    dimensions: int | None = Field(None, ge=1, lt=2**31, description="the first so many numbers, normalised again")
+    user: Any = Field(None, description="not used")
+
+    @field_validator("input")
+    @classmethod
+    def _input_is_texts(cls, value: Any) -> list[str | list[int]]:
+        found = prompts(value, "input")
+        if len(found) > MAX_INPUTS:
+            raise ValueError(f"input has {len(found)} texts; at most {MAX_INPUTS} are embedded at once")
+        if "" in found:
+            raise ValueError("input has an empty text")
+        return found
+
+
 class ErrorObject(Reply):
     """What is wrong."""
 
@@ -215,6 +236,15 @@ class CompletionReply(Reply):
     model: str
     choices: list[Choice]
     usage: dict[str, Any]
+
+
+class Embeddings(Reply):
+    """Embeddings, in the order of the input."""
+
+    object: str
+    data: list[dict[str, Any]]
+    model: str
+    usage: dict[str, int]
 
 
 class ModelObject(Reply):

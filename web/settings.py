@@ -94,9 +94,7 @@ class Settings:
         (), "web origins that may call the server, such as https://example.org", also="CORS_ALLOW_ORIGINS"
     )
     rate_limit: str | None = setting(None, 'requests allowed per key or address, such as "60 per minute"')
-    enable_embeddings_backend: bool = setting(
-        False, "serve /v1/embeddings (not available yet)", also="ENABLE_EMBEDDINGS_BACKEND"
-    )
+    enable_embeddings_backend: bool = setting(True, "serve /v1/embeddings: 1 or 0", also="ENABLE_EMBEDDINGS_BACKEND")
     log_format: str = setting("text", "form of log lines", choices=("text", "json"))
     log_level: str = setting("info", "least level that is logged", choices=("debug", "info", "warning", "error"))
 
@@ -242,8 +240,6 @@ def _check_together(settings: Settings) -> None:
     _check_rate_limit(settings.rate_limit)
     if settings.model_registry_path is not None:
         raise SettingsError("model_registry_path is set, but model registry files are not available yet")
-    if settings.enable_embeddings_backend:
-        raise SettingsError("enable_embeddings_backend is set, but embeddings are not available yet")
     if not settings.root.is_dir():
         raise SettingsError(f"root is {str(settings.root)!r}; it must be a folder")
     if settings.pretrained_dir is not None and not settings.pretrained_dir.is_dir():
