@@ -2,6 +2,7 @@
 
 import torch
 
+from learning.muon import Muon
 from model import GPT
 from training.config import TrainConfig
 
@@ -17,6 +18,6 @@ def optimizers(config: TrainConfig, model: GPT) -> dict[str, torch.optim.Optimiz
     if config.optimizer == "muon":
         matrices = {p: None for p in model.transformer["h"].parameters() if p.dim() == 2}  # a set in order
         groups = [group | {"params": [p for p in group["params"] if p not in matrices]} for group in groups]
-        found["muon"] = torch.optim.Muon(matrices, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+        found["muon"] = Muon(matrices, weight_decay=decay)
     found["adamw"] = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=True)
     return found
