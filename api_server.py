@@ -180,7 +180,9 @@ def build(settings: Settings, workspace: Workspace) -> tuple[Flask, ServerProces
         memory=half_of_memory(settings.device) if memory is None else memory,
     )
     allow = partial(check_allowed, settings)
-    jobs = JobManager(workspace, LocalBackend(workspace), max_jobs=settings.max_jobs, allow=allow)
+    yielding = settings.training_priority == "idle"
+    backend = LocalBackend(workspace, yielding=yielding, at_once=settings.max_jobs)
+    jobs = JobManager(workspace, backend, max_jobs=settings.max_jobs, allow=allow)
     app = create_app(settings, engine, jobs, workspace)
     return app, ServerProcess(app.extensions[EXTENSION])
 

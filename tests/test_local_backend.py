@@ -17,7 +17,10 @@ TRAINER = """
 import os, signal, sys, time
 print("argv", sys.argv[1:], flush=True)
 print("env", sorted(os.environ), flush=True)
-print("session", os.getsid(0) == os.getpid(), "nice", os.nice(0), flush=True)
+time.sleep(0.2)  # its priority is set right after it was started
+print("session", os.getsid(0) == os.getpid(), "nice", os.nice(0), "policy", os.sched_getscheduler(0), flush=True)
+print("oom", open("/proc/self/oom_score_adj").read(), "threads", os.environ.get("OMP_NUM_THREADS"), flush=True)
+if os.path.exists("/proc/self/autogroup"): print(open("/proc/self/autogroup").read().strip(), "group", flush=True)
 {body}
 """
 
@@ -29,10 +32,14 @@ def run(tmp_path: Path) -> Run:
     return made
 
 
+def script(run: Run, body: str) -> Path:
+    path = run.folder / "train.py"
+    path.write_text(TRAINER.format(body=body))
+    return path
+
+
 def backend(run: Run, body: str) -> LocalBackend:
-    script = run.folder / "train.py"
-    script.write_text(TRAINER.format(body=body))
-    return LocalBackend(Workspace(run.folder.parent.parent), script=script)
+    return LocalBackend(Workspace(run.folder.parent.parent), script=script(run, body))
 
 
 def wait_until(condition) -> None:
@@ -53,8 +60,23 @@ def test_a_trainer_runs_in_its_own_session_at_low_priority_and_writes_to_its_log
     identity = trainers.start(run, resume=True, downloads=False)
     assert ended(trainers, identity) == 7 and trainers.exit_code(identity) is None
     log = run.log.read_text()
-    assert "session True" in log and f"nice {os.nice(0)}" not in log
+    assert "session True" in log and "nice 19" in log and f"policy {os.SCHED_IDLE}" in log
+    assert "oom 500" in log and ("autogroup" not in log or "nice 19 group" in log)
     assert str(run.config) in log and "'--init_from', 'resume'" in log
+
+
+def test_a_trainer_that_need_not_yield_has_the_priority_of_the_server_but_ends_first_without_memory(run):
+    trainers = LocalBackend(Workspace(run.folder.parent.parent), script=script(run, ""), yielding=False)
+    ended(trainers, trainers.start(run, resume=False, downloads=False))
+    assert f"nice {os.nice(0)} policy {os.sched_getscheduler(0)}" in run.log.read_text()
+    assert "oom 500" in run.log.read_text()
+
+
+def test_trainers_that_run_at_once_share_the_cores_out(run, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    trainers = LocalBackend(Workspace(run.folder.parent.parent), script=script(run, ""), at_once=1000)
+    ended(trainers, trainers.start(run, resume=False, downloads=False))
+    assert "threads 1" in run.log.read_text()
 
 
 def test_the_environment_holds_no_keys():
@@ -68,12 +90,16 @@ def test_the_environment_holds_no_keys():
 
 def test_terminate_reaches_the_trainer_and_wait_returns_when_it_has_ended(run):
     trainers = backend(
-        run, "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); print('up', flush=True); signal.pause()"
+        run,
+        "def end(*_): print('policy', os.sched_getscheduler(0), flush=True); sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, end); print('up', flush=True); signal.pause()",
     )
     identity = trainers.start(run, resume=False, downloads=False)
     wait_until(lambda: "up" in run.log.read_text())
     trainers.terminate(identity)
-    assert ended(trainers, identity) == 0 and not Path(f"/proc/{identity.pid}").exists(), "no zombie"
+    assert ended(trainers, identity) == 0
+    assert os.geteuid() != 0 or "policy 0" in run.log.read_text(), "it saves at the priority of others"
+    assert not Path(f"/proc/{identity.pid}").exists(), "no zombie"
 
 
 DEAF = """

@@ -13,7 +13,7 @@ from storage import registry
 from storage.files import write_json
 from storage.runs import Workspace
 from training.config import TrainConfig
-from training.local_backend import PROJECT, environment, yield_to_the_server
+from training.local_backend import PROJECT, end_first_without_memory, environment, yield_to_the_server
 
 SECONDS = 600.0  # fetching and tokenizing a small dataset included
 SCRIPT = PROJECT / "dry_run.py"
@@ -49,7 +49,9 @@ def try_out(
             argv += ["--pretrained_dir", str(workspace.pretrained_dir)]
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         env = _environment(config, workspace) | {"TMPDIR": folder}  # what a killed trial leaves goes with ours
-        with subprocess.Popen(argv, cwd=PROJECT, env=env, **streams) as child:  # type: ignore[call-overload]
+        apart = {"start_new_session": True}  # else the server would be slowed down with it
+        with subprocess.Popen(argv, cwd=PROJECT, env=env, **streams, **apart) as child:  # type: ignore[call-overload]
+            end_first_without_memory(child.pid)
             yield_to_the_server(child.pid)
             try:
                 printed = child.communicate(timeout=seconds)[0]

@@ -1,8 +1,8 @@
 """LocalBackend: trainers as processes of this machine, each in a session of its own.
 
 A trainer writes to train.log, never to a pipe, so nothing breaks when the server goes away. Its environment
-is made from a list of allowed names: no keys of the server reach it. It runs at low priority, and is the first
-that the system ends when memory runs out.
+is made from a list of allowed names: no keys of the server reach it. It runs when the server leaves a core
+idle, and is the first that the system ends when memory runs out.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 NAMES = {"PATH", "HOME", "LANG", "TMPDIR", "VIRTUAL_ENV", "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "HF_HOME"}
 NAMES |= {"HF_ENDPOINT", "TIKTOKEN_CACHE_DIR", "HTTPS_PROXY", "https_proxy", "NO_PROXY", "no_proxy", "SSL_CERT_FILE"}
 PREFIXES = ("LC_", "HF_HUB_", "TORCH", "OMP_", "MKL_")
-NICE = 10
+NICE = 19
 OOM_SCORE = 500  # of 1000; the server keeps 0
 
 
@@ -36,9 +36,32 @@ def environment(of: Mapping[str, str], downloads: bool) -> dict[str, str]:
 
 
 def yield_to_the_server(pid: int) -> None:
-    """Lower the priority of a process; where the system forbids it, it runs as it is."""
+    """Let a process that leads its session run when nothing else wants to; what the system forbids is left out.
+
+    Linux shares a core between sessions first (autogroups), and only then by the niceness of processes, so the
+    session's own niceness counts; SCHED_IDLE makes the trainer leave a core at once when a thread of the
+    server, whose step is waiting for it, wakes up. Threads and children that it starts later are the same.
+    """
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, pid, NICE)
+    with contextlib.suppress(OSError):
+        Path(f"/proc/{pid}/autogroup").write_text(str(NICE))
+    with contextlib.suppress(OSError):
+        os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))
+
+
+def hurry(pid: int) -> None:
+    """Give a yielding process the priority of others again, as far as the system allows it: it is to save and end."""
+    with contextlib.suppress(OSError):
+        Path(f"/proc/{pid}/autogroup").write_text("0")
+    with contextlib.suppress(OSError):
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            os.sched_setscheduler(int(thread), os.SCHED_OTHER, os.sched_param(0))
+            os.setpriority(os.PRIO_PROCESS, int(thread), 0)
+
+
+def end_first_without_memory(pid: int) -> None:
+    """Make a process the first that the system ends when memory runs out."""
     with contextlib.suppress(OSError):
         Path(f"/proc/{pid}/oom_score_adj").write_text(str(OOM_SCORE))
 
@@ -46,8 +69,18 @@ def yield_to_the_server(pid: int) -> None:
 class LocalBackend:
     """Trainers on this machine. Satisfies TrainingBackend; `wait` belongs to one thread, the rest to any."""
 
-    def __init__(self, workspace: Workspace, python: str = sys.executable, script: Path = PROJECT / "train.py"):
-        self._workspace, self._program = workspace, [python, str(script)]
+    def __init__(
+        self,
+        workspace: Workspace,
+        python: str = sys.executable,
+        script: Path = PROJECT / "train.py",
+        yielding: bool = True,
+        at_once: int = 1,
+    ):
+        """Start trainers with `python`; `yielding` ones leave the cores to the server, `at_once` share them out."""
+        self._workspace, self._program, self._yielding = workspace, [python, str(script)], yielding
+        cores = len(os.sched_getaffinity(0))
+        self._budget = {} if at_once == 1 else {"OMP_NUM_THREADS": str(max(1, cores // at_once))}
         self._children: dict[ProcessIdentity, subprocess.Popen[bytes]] = {}
         self._awake, self._alarm = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
@@ -64,13 +97,15 @@ class LocalBackend:
             child = subprocess.Popen(
                 self._argv(run, resume),
                 cwd=PROJECT,
-                env=environment(os.environ, downloads),
+                env=self._budget | environment(os.environ, downloads),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
             )
-        yield_to_the_server(child.pid)
+        end_first_without_memory(child.pid)
+        if self._yielding:
+            yield_to_the_server(child.pid)
         identity = identify(child.pid)
         if identity is None:  # it has ended already, and still waits for us: its number cannot be anyone else's
             identity = ProcessIdentity(child.pid, 0, "")
@@ -91,7 +126,9 @@ class LocalBackend:
         return code
 
     def terminate(self, identity: ProcessIdentity) -> None:
-        """Send SIGTERM to the processes of the trainer's session."""
+        """Send SIGTERM to the processes of the trainer's session, and let it have the time to save."""
+        if is_alive(identity):
+            hurry(identity.pid)
         signal_session(identity, signal.SIGTERM)
 
     def kill(self, identity: ProcessIdentity) -> None:
