@@ -1,4 +1,4 @@
-# make setup | run | demo | test | check | sanitize | bench     Variables: PYTHON=python3.12 PORT=5001 PIP_FLAGS="--index-url ..."
+# make setup | run | demo | test | faults | check | sanitize | bench     Variables: PYTHON=python3.12 PORT=5001 PIP_FLAGS="--index-url ..."
 PYTHON ?= python3
 PORT ?= 5000
 PIP_FLAGS ?=
@@ -7,12 +7,13 @@ BIN := .venv/bin
 PY := $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup dev run demo test check lint sanitize bench clean
+.PHONY: help setup dev run demo test check lint faults sanitize bench clean
 
 help:
 	@echo "make run     set up, then start the server on port $(PORT) with the bundled model"
 	@echo "make demo    train a small model, serve it and generate, in under three minutes"
 	@echo "make test    set up with development packages, then run the tests"
+	@echo "make faults  break a running server in every way that tests/faults knows; minutes"
 	@echo "make check   ruff, mypy, tests, lines per file"
 	@echo "make sanitize  the native step's tests under AddressSanitizer and UBSan"
 	@echo "make bench   measure ours and the peers side by side"
@@ -45,6 +46,9 @@ demo: setup
 
 test: dev
 	$(BIN)/pytest
+
+faults: dev
+	$(BIN)/pytest -m "slow or not slow" tests/faults
 
 lint: dev
 	$(BIN)/ruff format --check .

@@ -47,6 +47,7 @@ from web.loading import ModelLoader, check_allowed, first_choice
 from web.metrics import Metrics
 from web.settings import SETTINGS, Settings, SettingsError, read
 from web.strict_json import StrictRequest, close_if_unread
+from web.watchdog import Watchdog
 
 log = logging.getLogger("server")
 
@@ -125,6 +126,7 @@ class ServerProcess:
 
         Until this returns connections wait in the listen queue, so a client's first request finds a model.
         """
+        Watchdog(self._context.engine.heartbeat_age, self._context.stalled, self._context.closing).start()
         self._context.loader.begin_start()
         load = threading.Thread(target=self._load, args=(age > 1,), name="load", daemon=True)
         load.start()

@@ -110,8 +110,12 @@ class InferenceBackend(Protocol):
         """Return queue and engine figures.
 
         At least running, waiting, slots, waiting_tokens, tokens_per_second, cache_tokens, cache_capacity and
-        heartbeat_age (seconds since the engine last said that it works; a healthy one stays below a few).
+        heartbeat_age.
         """
+        ...
+
+    def heartbeat_age(self) -> float:
+        """Return the seconds since the engine last said that it works. Never waits for the engine."""
         ...
 
     def request(self, request_id: str) -> dict[str, Any] | None:

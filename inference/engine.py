@@ -217,8 +217,12 @@ class Engine:
             "models": len(lanes),  # also those that end their requests before they leave
             "memory_bytes": sum(lane.served.memory_bytes for lane in lanes),
             "loading": self._pool.loading,
-            "heartbeat_age": max(0.0, time.monotonic() - self._beat),
+            "heartbeat_age": self.heartbeat_age(),
         }
+
+    def heartbeat_age(self) -> float:
+        """Return the seconds since the engine's thread last began a turn; takes no lock."""
+        return max(0.0, time.monotonic() - self._beat)
 
     def request(self, request_id: str) -> dict[str, Any] | None:
         """Return one request's state and figures, or None."""

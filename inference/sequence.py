@@ -33,6 +33,7 @@ class Failure(StrEnum):
     NOT_A_NUMBER = "The model's output for this request was not a number."
     OUT_OF_TIME = "The request took longer than the server allows."
     SHUTTING_DOWN = "The server is shutting down."
+    STALLED = "The engine does not respond; it is about to be started again."
 
 
 class InferenceError(Exception):

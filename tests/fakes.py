@@ -74,7 +74,7 @@ class FakeEngine:
         self.script: Callable[[list[int], int], int] | None = None
         self.manual = False
         self.loading = self.closed = False
-        self.heartbeat_age = 0.0
+        self.quiet = 0.0  # seconds since the last sign of life
         self.fail_after: int | None = None
         self.sequences: list[Sequence] = []
         self.loads: list[ModelReference] = []
@@ -214,7 +214,10 @@ class FakeEngine:
     def info(self) -> dict[str, Any]:
         live = sum(s.finished_at is None for s in self.sequences)
         figures = {"running": live, "waiting": 0, "waiting_tokens": 0, "slots": 16, "tokens_per_second": 0.0}
-        return figures | {"cache_tokens": 0, "cache_capacity": 1024, "heartbeat_age": self.heartbeat_age}
+        return figures | {"cache_tokens": 0, "cache_capacity": 1024, "heartbeat_age": self.quiet}
+
+    def heartbeat_age(self) -> float:
+        return self.quiet
 
     def request(self, request_id: str) -> dict[str, Any] | None:
         found = next((s for s in self.sequences if s.id == request_id), None)

@@ -40,7 +40,7 @@ def test_a_server_without_a_model_is_healthy(server):
 
 
 def test_a_stalled_engine_turns_health_red(server):
-    server.engine.heartbeat_age = 5.1
+    server.engine.quiet = 4.1
     reply = server.get("/healthz")
     assert reply.status_code == 503 and reply.json["status"] == "stalled" and reply.headers["Retry-After"] == "1"
 

@@ -268,3 +268,19 @@ def test_defaults_and_bounds_are_those_of_the_engine():
     for name in ("top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "temperature"):
         for bound in GenerateBody.model_fields[name].metadata:
             SamplingParams(**{name: getattr(bound, "ge", getattr(bound, "le", None))})
+
+
+# ---- an engine that does not move
+
+
+def test_while_the_engine_is_stalled_requests_are_refused_and_what_waits_ends(server):
+    server.engine.manual = True
+    stalled = server.app.extensions["language_model_server"].stalled
+    reply = server.post("/api/generate", {"prompt": "a", "stream": True})
+    stalled.set()
+    assert "does not respond" in events(reply)[-1]["error"] and server.engine.sequences[0].cancelled
+    refused = server.post("/api/generate", {"prompt": "a"})
+    assert refused.status_code == 503 and "Retry-After" in refused.headers
+    stalled.clear()
+    server.engine.manual = False
+    assert server.post("/api/generate", {"prompt": "a"}).status_code == 200

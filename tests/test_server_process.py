@@ -7,119 +7,25 @@ as far as a model.
 import contextlib
 import json
 import os
-import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import requests
+from live_server import LONG, PATIENCE, ROOT, Process, alive, make_root, raw, request_of, until
 
 from api_server import main
 from web.settings import SETTINGS
 
-ROOT = Path(__file__).resolve().parent.parent
-PATIENCE = 40.0  # seconds; a machine that runs other tests is slow
-
-
-class Process:
-    """A server process with its address, and its own end."""
-
-    def __init__(self, root: Path, *flags: str):
-        self.root = root
-        environ = {name: value for name, value in os.environ.items() if not name.startswith("LM_SERVER_")}
-        environ |= {"PATH": "", "LM_SERVER_NATIVE_CACHE": str(root / "cache")}  # no compiler: the torch runner serves
-        command = [sys.executable, str(ROOT / "api_server.py"), "--port", "0", "--root", str(root), *flags]
-        self.child = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ
-        )
-        self.lines: list[str] = []
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-        try:
-            self.url = until(self.address)
-            self.port = int(self.url.rsplit(":", 1)[1])
-            until(self.ready)
-        except BaseException:  # nobody else could end it
-            self.end()
-            raise
-
-    def address(self) -> str | None:
-        assert self.child.poll() is None, self.lines
-        return next((m[0] for m in map(re.compile(r"http://\S+").search, self.lines) if m), None)
-
-    def _read(self) -> None:
-        for line in self.child.stdout:
-            self.lines.append(line)
-        self.child.stdout.close()
-
-    def ready(self) -> bool:
-        assert self.child.poll() is None, self.lines
-        with contextlib.suppress(requests.RequestException):
-            return requests.get(self.url + "/healthz", timeout=5).status_code == 200
-        return False
-
-    def post(self, path: str, body: dict, **more) -> requests.Response:
-        return requests.post(self.url + path, json=body, timeout=30, **more)
-
-    def get(self, path: str) -> requests.Response:
-        return requests.get(self.url + path, timeout=30)
-
-    def worker(self) -> int:
-        children = Path(f"/proc/{self.child.pid}/task/{self.child.pid}/children").read_text().split()
-        return int(children[0])
-
-    def end(self) -> None:
-        self.child.kill()
-        self.child.wait()
-        self._reader.join()
-
-
-def alive(pid: int) -> bool:
-    """Say whether a process runs; one that has ended may wait for its parent to notice."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def until(found: Callable[[], object], patience: float = PATIENCE):
-    """Return what `found` returns once it is true; fail when that takes too long."""
-    deadline = time.monotonic() + patience
-    while time.monotonic() < deadline:
-        value = found()
-        if value:
-            return value
-        time.sleep(0.02)
-    raise AssertionError(f"{found} was not to be")
-
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    """Return a folder with a tiny random model in place of the bundled one."""
-    import torch
-
-    from model import GPT, GPTConfig
-    from storage import pretrained
-    from storage.tokenizer import train_bpe
-
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("project")
-    tokenizer = train_bpe(["Once upon a time there was a server.\n" * 9], 280)
-    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=2048, vocab_size=280))
-    for name in ("tiny-shakespeare", "other"):
-        pretrained.export(model, tokenizer, folder / "models" / name)
-    run = folder / "out" / "trained"
-    run.mkdir(parents=True)
-    config = {"model_args": model.config.model_args(), "iter_num": 3, "best_val_loss": 2.5, "config": {}}
-    torch.save({"model": model.state_dict(), **config}, run / "ckpt.pt")
-    tokenizer.save(run / "tokenizer.json")
-    return folder
+    return make_root(tmp_path_factory.mktemp("project"))
 
 
 @pytest.fixture(scope="module")
@@ -127,9 +33,6 @@ def server(root) -> Iterator[Process]:
     process = Process(root, "--slots", "2", "--threads", "1", "--drain", "2")
     yield process
     process.end()
-
-
-LONG = {"prompt": "Once", "max_new_tokens": 2000, "temperature": 1.5}
 
 
 # ---- starts that are refused
@@ -218,18 +121,6 @@ def test_a_trained_model_is_listed_exported_and_served_from_there(server):
     assert server.post("/api/load_model", {"model_path": reply["path"]}).status_code == 200
     assert server.post("/api/export", {"model": "trained/export"}).status_code == 400
     assert server.post("/api/load_model", {"model_type": "tiny-shakespeare"}).status_code == 200
-
-
-def raw(server: Process, data: bytes) -> socket.socket:
-    connection = socket.create_connection(("127.0.0.1", server.port), timeout=10)
-    connection.sendall(data)
-    return connection
-
-
-def request_of(server: Process, body: dict, length: int | None = None) -> bytes:
-    data = json.dumps(body).encode()
-    head = f"POST /api/generate HTTP/1.1\r\nHost: localhost:{server.port}\r\nContent-Type: application/json\r\n"
-    return f"{head}Content-Length: {len(data) if length is None else length}\r\n\r\n".encode() + data
 
 
 def test_a_plain_client_that_leaves_frees_its_slot_also_while_it_waits(server):

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from inference.backend import ServedModel
-from inference.sequence import NoModel, PromptTooLong, SamplingParams
+from inference.sequence import EngineDown, Failure, NoModel, PromptTooLong, SamplingParams
 from storage.tokenizer import Tokenizer
 from web.client import Client
 from web.completion import Completion, Piece, merged
@@ -105,6 +105,7 @@ class Batch:
         self.completions: list[Completion] = []
         eot = model.tokenizer.eot
         ends = params.stop_token_ids | (frozenset() if params.ignore_eos or eot is None else frozenset({eot}))
+        self._check_engine()
         context.streams.enter()
         try:
             for index in range(n * len(prompts)):
@@ -143,14 +144,20 @@ class Batch:
     def __iter__(self) -> Iterator[Piece | None]:
         """Give pieces of text as they come, and None while nothing does.
 
-        Raises GenerationFailed, OutOfTime, EngineDown when the server stops, ClientGone when nobody listens.
+        Raises GenerationFailed, OutOfTime, EngineDown when the server stops or stalls, ClientGone when nobody listens.
         """
         try:
             for piece in merged(self.completions, IDLE):
                 self._client.check()
+                self._check_engine()
                 yield piece
         finally:
             self.close()
+
+    def _check_engine(self) -> None:
+        """Raise EngineDown when there is no use in waiting for the engine."""
+        if self._context.stalled.is_set():
+            raise EngineDown(Failure.STALLED)
 
     def finish(self) -> "Batch":
         """Wait for the end of all completions."""

@@ -62,6 +62,7 @@ class Context:
     catalogue: Catalogue
     trying: threading.Lock = field(default_factory=threading.Lock)  # held by the one dry run at a time
     closing: threading.Event = field(default_factory=threading.Event)  # the server is stopping
+    stalled: threading.Event = field(default_factory=threading.Event)  # the engine does not move
 
 
 def context() -> Context:

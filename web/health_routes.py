@@ -17,7 +17,7 @@ from web.context import Context, context
 from web.errors import Refused
 from web.schemas import Error, Reply, RequestPath
 
-STALLED = 5.0  # seconds without a heartbeat
+STALLED = 4.0  # seconds without a heartbeat
 STATIC = Path(__file__).parent / "static"
 SWAGGER = Path(flask_openapi3_swagger.__file__).parent / "templates" / "swagger"
 TEXT = {"text/plain": {"schema": {"type": "string"}}}
@@ -53,18 +53,18 @@ class RequestState(Reply):
     state: str
 
 
-def _state(ctx: Context, info: dict[str, Any]) -> str:
+def _state(ctx: Context) -> str:
     if ctx.closing.is_set():
         return "stopping"
     if ctx.loader.starting and ctx.engine.served() is None:
         return "loading"
-    return "stalled" if info["heartbeat_age"] > STALLED else "ok"
+    return "stalled" if ctx.engine.heartbeat_age() > STALLED else "ok"
 
 
 def _health() -> Response:
     ctx = context()
     info, served = ctx.engine.info(), ctx.engine.served()
-    state = _state(ctx, info)
+    state = _state(ctx)
     model = None if served is None else served.id
     response = jsonify({"status": state, "model": model, "queue": info})
     if state != "ok":

@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +28,8 @@ from web.settings import Settings, SettingsError
 from web.worker import AppProcess, Worker, leave
 
 SPARE_THREADS = 32  # beside those of open generation requests, for everything that is quick
-WORKER_TIMEOUT = 120  # seconds without a sign of life of the worker's loop
+WORKER_TIMEOUT = 18  # seconds without a sign of life of the worker's loop
+STOPPED = 5.0  # seconds between two looks at the worker: this process slept, and the worker may have, too
 LOCK_PATIENCE = 0.3  # seconds for another server to give out/ free
 LAST_WRITES = 1.0  # seconds for the last bytes, after the drain time
 SERVED = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGCHLD)
@@ -60,6 +62,16 @@ class Master(Arbiter):  # type: ignore[misc]
     """gunicorn's master with the signals of a server that has one worker."""
 
     stopping = False
+    _looked = math.inf
+
+    def murder_workers(self) -> None:
+        """End a worker that shows no sign of life; the time in which this process was stopped does not count."""
+        now = time.monotonic()
+        if now - self._looked > STOPPED:
+            for worker in self.WORKERS.values():
+                worker.tmp.notify()
+        self._looked = now
+        super().murder_workers()
 
     def signal(self, sig: int, frame: Any) -> None:
         """Queue a signal; what would add, remove or replace workers is left out."""

@@ -4,6 +4,7 @@
     - A socket has deadlines: a sender that stops is cut after READ_SECONDS, a reader after WRITE_SECONDS.
     - A connection is closed without waiting on the loop that accepts the others.
     - SIGTERM: refuse new connections at once, give running requests the drain time, end the others with 503.
+    - A worker shows signs of life from its birth, also while it imports and loads.
     - What is wrong before Flask sees it is answered in JSON, too.
 
 It knows the app as a WSGI function and three calls (`AppProcess`); gunicorn is pinned, since its inner
@@ -13,6 +14,7 @@ methods are overridden here.
 import contextlib
 import ctypes
 import errno
+import faulthandler
 import json
 import logging
 import os
@@ -35,6 +37,7 @@ log = logging.getLogger(__name__)
 
 READ_SECONDS = 10
 WRITE_SECONDS = 30
+BOOT_SECONDS = 120  # in which a worker must have begun to serve
 LINGER_SECONDS = 1.0  # for the client to take the reply and close, before we do
 LINGER_BYTES = 8 * 2**20
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent ends
@@ -110,11 +113,19 @@ class Worker(ThreadWorker):  # type: ignore[misc]
     def init_process(self) -> None:
         """Begin, in the new process."""
         _end_with(self.ppid)
+        threading.Thread(target=self._notify_until_booted, name="boot", daemon=True).start()
         super().init_process()
 
+    def _notify_until_booted(self) -> None:
+        deadline = time.monotonic() + BOOT_SECONDS
+        while not self.booted and time.monotonic() < deadline:
+            self.notify()
+            time.sleep(1.0)
+
     def init_signals(self) -> None:
-        """Leave Ctrl-C to the master, which tells this process what to do about it."""
+        """Leave Ctrl-C to the master; have a crash show stacks, also the SIGABRT that ends a worker that hangs."""
         super().init_signals()
+        faulthandler.enable()
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def load_wsgi(self) -> None:

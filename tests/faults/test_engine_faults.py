@@ -1,0 +1,106 @@
+"""Faults of the engine in a real server process: a step that raises, one that never ends, a process that hangs."""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+from live_server import LONG, Process, make_root, until
+
+FAULTY = Path(__file__).resolve().parent / "faulty_server.py"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[Process]:
+    root = make_root(tmp_path_factory.mktemp("faults"))
+    process = Process(root, "--slots", "2", "--threads", "1", "--drain", "2", script=FAULTY)
+    assert process.post("/api/load_model", {"model_path": "models/other"}).status_code == 200
+    yield process
+    process.end()
+
+
+class Streams:
+    """Clients that read a stream to its end, each in a thread of its own."""
+
+    def __init__(self, server: Process, count: int):
+        self.lines: list[list[str]] = [[] for _ in range(count)]
+        self.threads = [threading.Thread(target=self._read, args=(server, lines)) for lines in self.lines]
+        for thread in self.threads:
+            thread.start()
+
+    def _read(self, server: Process, lines: list[str]) -> None:
+        with server.post("/api/generate", {**LONG, "stream": True}, stream=True) as reply:
+            lines.extend(line for line in reply.iter_lines(decode_unicode=True) if line.startswith("data: "))
+
+    def ended(self) -> bool:
+        return not any(thread.is_alive() for thread in self.threads)
+
+
+def status(server: Process, path: str = "/health") -> int:
+    return server.get(path).status_code
+
+
+def set_fault(server: Process, kind: str) -> None:
+    (server.root / "fault.new").write_text(kind)
+    (server.root / "fault.new").rename(server.root / "fault")
+
+
+def test_a_step_that_raises_ends_no_stream(server):
+    until(lambda: status(server) == 200)
+    body = {"prompt": "Once upon", "max_new_tokens": 40, "seed": 3}
+    clean = server.post("/api/generate", body).json()["generated_text"]
+    set_fault(server, "raise")
+    assert server.post("/api/generate", body).json()["generated_text"] == clean
+    assert not (server.root / "fault").exists()
+
+
+@pytest.mark.timeout(120)
+def test_a_stalled_engine_turns_health_red_ends_what_waits_and_is_replaced(server):
+    before = server.worker()
+    set_fault(server, "stall")
+    streams = Streams(server, 3)  # two run, one waits
+    until(lambda: not (server.root / "fault").exists(), 10)
+    until(lambda: status(server) == 503 and status(server, "/healthz") == 503, 8)
+    assert server.get("/health").json()["status"] == "stalled"
+    until(streams.ended, 10)
+    for lines in streams.lines:
+        assert "does not respond" in json.loads(lines[-1][6:])["error"] and "data: [DONE]" not in lines
+    refused = server.post("/api/generate", {"prompt": "a"})
+    assert refused.status_code == 503 and refused.headers["Retry-After"]
+    until(lambda: server.ready() and server.worker() != before)
+    assert server.get("/api/status").json()["model"]["id"] == "other"
+    assert server.post("/api/generate", {"prompt": "a"}).status_code == 200
+    log = "".join(server.lines)
+    assert "What the threads were doing" in log and "faulty_rows" in log
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_process_that_hangs_is_replaced_too(server):
+    until(lambda: status(server) == 200)
+    before = server.worker()
+    set_fault(server, "hold")
+    with pytest.raises(requests.RequestException):
+        server.post("/api/generate", {"prompt": "a"})
+    until(lambda: server.worker() != before and server.ready())
+    assert server.get("/api/status").json()["model"]["id"] == "other"
+    assert "faulty_rows" in "".join(server.lines)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_server_that_was_stopped_for_a_while_goes_on(server):
+    until(lambda: status(server) == 200)
+    worker, asleep = server.worker(), (server.child.pid, server.worker())
+    for pid in asleep:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(25)  # longer than anybody's patience with a worker
+    for pid in asleep:
+        os.kill(pid, signal.SIGCONT)
+    time.sleep(3)
+    assert server.worker() == worker and status(server) == 200

@@ -1,0 +1,127 @@
+"""A real server process for tests, with a tiny random model, and how to talk to it.
+
+`Process` starts `api_server.py` (or a test's own variant of it) on a free port and collects what it prints.
+"""
+
+import contextlib
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import requests
+
+ROOT = Path(__file__).resolve().parent.parent
+PATIENCE = 40.0  # seconds; a machine that runs other tests is slow
+LONG = {"prompt": "Once", "max_new_tokens": 2000, "temperature": 1.5}
+
+
+class Process:
+    """A server process with its address, and its own end."""
+
+    def __init__(self, root: Path, *flags: str, script: Path = ROOT / "api_server.py"):
+        self.root = root
+        environ = {name: value for name, value in os.environ.items() if not name.startswith("LM_SERVER_")}
+        environ |= {"PATH": "", "LM_SERVER_NATIVE_CACHE": str(root / "cache")}  # no compiler: the torch runner serves
+        command = [sys.executable, str(script), "--port", "0", "--root", str(root), *flags]
+        self.child = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ
+        )
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        try:
+            self.url = until(self.address)
+            self.port = int(self.url.rsplit(":", 1)[1])
+            until(self.ready)
+        except BaseException:  # nobody else could end it
+            self.end()
+            raise
+
+    def address(self) -> str | None:
+        assert self.child.poll() is None, self.lines
+        return next((m[0] for m in map(re.compile(r"http://\S+").search, self.lines) if m), None)
+
+    def _read(self) -> None:
+        for line in self.child.stdout:
+            self.lines.append(line)
+        self.child.stdout.close()
+
+    def ready(self) -> bool:
+        assert self.child.poll() is None, self.lines
+        with contextlib.suppress(requests.RequestException):
+            return requests.get(self.url + "/healthz", timeout=5).status_code == 200
+        return False
+
+    def post(self, path: str, body: dict, **more) -> requests.Response:
+        return requests.post(self.url + path, json=body, timeout=30, **more)
+
+    def get(self, path: str) -> requests.Response:
+        return requests.get(self.url + path, timeout=30)
+
+    def worker(self) -> int:
+        children = Path(f"/proc/{self.child.pid}/task/{self.child.pid}/children").read_text().split()
+        return int(children[0]) if children else 0  # 0 between one worker and the next
+
+    def end(self) -> None:
+        self.child.kill()
+        self.child.wait()
+        self._reader.join()
+
+
+def alive(pid: int) -> bool:
+    """Say whether a process runs; one that has ended may wait for its parent to notice."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def until(found: Callable[[], object], patience: float = PATIENCE):
+    """Return what `found` returns once it is true; fail when that takes too long."""
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        value = found()
+        if value:
+            return value
+        time.sleep(0.02)
+    raise AssertionError(f"{found} was not to be")
+
+
+def make_root(folder: Path) -> Path:
+    """Put a tiny random model where the bundled one is expected, another beside it, and one trained by nanoGPT."""
+    import torch
+
+    from model import GPT, GPTConfig
+    from storage import pretrained
+    from storage.tokenizer import train_bpe
+
+    torch.manual_seed(0)
+    tokenizer = train_bpe(["Once upon a time there was a server.\n" * 9], 280)
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=2048, vocab_size=280))
+    for name in ("tiny-shakespeare", "other"):
+        pretrained.export(model, tokenizer, folder / "models" / name)
+    run = folder / "out" / "trained"
+    run.mkdir(parents=True)
+    config = {"model_args": model.config.model_args(), "iter_num": 3, "best_val_loss": 2.5, "config": {}}
+    torch.save({"model": model.state_dict(), **config}, run / "ckpt.pt")
+    tokenizer.save(run / "tokenizer.json")
+    return folder
+
+
+def raw(server: Process, data: bytes) -> socket.socket:
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=10)
+    connection.sendall(data)
+    return connection
+
+
+def request_of(server: Process, body: dict, length: int | None = None) -> bytes:
+    data = json.dumps(body).encode()
+    head = f"POST /api/generate HTTP/1.1\r\nHost: localhost:{server.port}\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(data) if length is None else length}\r\n\r\n".encode() + data
