@@ -22,7 +22,7 @@ from client.commands import command, global_options
 from client.compare import compare, save_picture
 from client.follow import INTERRUPTED, follow, standing
 from client.options import SAMPLING, TRAINING, check_name, check_names, given, options, parse_settings, read_prompt
-from client.view import advise, note, print_dry_run, print_reply, raw, say
+from client.view import advise, megabytes, note, print_dry_run, print_reply, raw, say
 
 
 @click.group(
@@ -58,6 +58,17 @@ def list_models(client: ApiClient) -> None:
     say(f"pretrained: {', '.join(reply['pretrained_models'])}")
     rows = [model["config"] | model for model in reply["trained_models"]]
     print_reply({"trained_models": rows}, "trained_models", "name path dataset model_type iter_num best_val_loss")
+
+
+@command(cli, "sizes")
+def sizes(client: ApiClient) -> None:
+    """Show what each model takes: parameters, bytes on disk, and in memory when it serves."""
+    reply = client.sizes()
+    if raw():
+        return print_reply(reply)
+    rows = [model | {"disk": megabytes(model["size_bytes"])} for model in reply["data"]]
+    rows = [row | {"memory": megabytes(row["memory_bytes"])} for row in rows]
+    print_reply({"models": rows}, "models", "id kind loaded parameters disk memory")
 
 
 @command(cli, "load")

@@ -26,6 +26,7 @@ from storage import hub, user_files
 from storage.errors import StorageError
 from storage.inspection import inspect
 from storage.registry import resolve
+from storage.registry_file import read_registry
 from storage.runs import Workspace
 from training.jobs import JobManager
 from web import (
@@ -197,9 +198,20 @@ def check_model(settings: Settings, workspace: Workspace) -> None:
     reference = resolve(workspace, **choice)
     check_allowed(settings, reference)
     if reference.path is None:
-        hub.fetch(reference.id, workspace, lambda text: print(text, flush=True))
+        hub.fetch(reference.repository or reference.id, workspace, lambda text: print(text, flush=True))
     else:
         inspect(reference)
+
+
+def open_workspace(settings: Settings) -> Workspace:
+    """Return the folders that the settings name, with the models of the registry file. Raises StorageError."""
+    if settings.model_registry_path is None:
+        return Workspace(settings.root.resolve(), settings.pretrained_dir)
+    registered = read_registry(settings.model_registry_path)
+    for reference in dict(registered).values():
+        if reference.path is not None:
+            inspect(reference)
+    return Workspace(settings.root.resolve(), settings.pretrained_dir, registered)
 
 
 def banner(host: str, port: int) -> str:
@@ -217,7 +229,7 @@ def serve(settings: Settings) -> None:
     from web import logs
     from web.master import Server, claim
 
-    workspace = Workspace(settings.root.resolve(), settings.pretrained_dir)
+    workspace = open_workspace(settings)
     check_model(settings, workspace)
     listener = claim(settings, workspace)
     logs.configure(settings.log_format, settings.log_level)

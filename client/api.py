@@ -140,7 +140,8 @@ class ApiClient:
 
         status = response.status_code
         try:
-            message = str(json_object(response.content, "the error")["error"])
+            error = json_object(response.content, "the error")["error"]
+            message = str(error["message"] if isinstance(error, dict) else error)
         except (ApiError, KeyError, requests.RequestException):
             message = f"{self.url}{path} answers {status} {response.reason}; is that this project's server?"
         hint = " (the key goes into --api_key or LM_SERVER_API_KEY)" if status == 401 else ""
@@ -197,6 +198,7 @@ class ApiClient:
 
     status = partialmethod(call, "GET", "/api/status")
     models = partialmethod(call, "GET", "/api/models")
+    sizes = partialmethod(call, "GET", "/v1/models")
     load_model = partialmethod(call, "POST", "/api/load_model", seconds=LONG_SECONDS)
     unload_model = partialmethod(call, "POST", "/api/unload_model", seconds=LONG_SECONDS)
     generate = partialmethod(call, "POST", "/api/generate", seconds=LONG_SECONDS)

@@ -44,6 +44,11 @@ def readable(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
+def megabytes(nbytes: int | None) -> str:
+    """Write a number of bytes for people."""
+    return "-" if nbytes is None else f"{nbytes / 1e6:,.1f} MB"
+
+
 def flat(reply: Reply, before: str = "") -> Reply:
     """Return a reply without objects inside and without what is empty: {"model": {"id": 1}} is {"model id": 1}."""
     found: Reply = {}

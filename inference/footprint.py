@@ -37,7 +37,7 @@ def measure(reference: "ModelReference", workspace: "Workspace", options: Runner
     Raises what inspection raises, ValueError for options that no runner here has, and Unreachable.
     """
     if reference.path is None:
-        reference = replace(reference, path=fetch(reference.id, workspace))
+        reference = replace(reference, path=fetch(reference.repository or reference.id, workspace))
     inspection = inspect(reference)
     config = GPTConfig(**inspection.model_args)
     choice = choose(config, options)

@@ -283,7 +283,7 @@ def _load_once(reference: ModelReference, workspace: Workspace, say: Report) -> 
         tokenizer = _checkpoint_tokenizer(inspection, workspace, shown)
         model = _checkpoint_model(inspection, shown)
     else:
-        follow = reference.kind == "pretrained"
+        follow = reference.kind in ("pretrained", "registered")
         vocab_size = inspection.model_args["vocab_size"]
         tokenizer = folder_tokenizer(inspection.path, vocab_size, shown, workspace, follow)
         model = assemble(inspection.model_args, read_weights(inspection, shown, follow), shown)
@@ -297,7 +297,7 @@ def load_model(reference: ModelReference, workspace: Workspace, progress: Report
     """
     say = progress or _ignore
     if reference.path is None:
-        reference = replace(reference, path=fetch(reference.id, workspace, say))
+        reference = replace(reference, path=fetch(reference.repository or reference.id, workspace, say))
     for _ in range(ATTEMPTS - 1):
         try:
             return _load_once(reference, workspace, say)

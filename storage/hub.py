@@ -1,7 +1,8 @@
 """The five pretrained models by name: found on this machine, or fetched from the Hugging Face hub.
 
-Only these names are ever asked for, and only their safetensors and tokenizer files. HF_HUB_OFFLINE, HF_TOKEN,
-HF_HOME and HF_ENDPOINT mean what they mean everywhere. No torch; what is fetched is inspected before it is loaded.
+Only these names, and repositories of the registry file, are ever asked for, and only their safetensors and tokenizer
+files. HF_HUB_OFFLINE, HF_TOKEN, HF_HOME and HF_ENDPOINT mean what they mean everywhere. No torch; what is fetched is
+inspected before it is loaded.
 """
 
 import threading
@@ -9,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from storage.errors import BadName, Unreachable
-from storage.files import quoted, require_space
+from storage.files import NAME, quoted, require_space
 from storage.registry import PRETRAINED, local_folder
 from storage.runs import Workspace
 
@@ -31,8 +32,16 @@ WHAT_TO_DO = (
 )
 
 
-def _repositories(name: str) -> tuple[str, str]:
-    """Return the repository's id today, and the short one that old caches have."""
+def is_repository(name: str) -> bool:
+    """Say whether a name is a repository's on the hub: owner/name."""
+    parts = name.split("/")
+    return len(parts) == 2 and all(map(NAME.fullmatch, parts)) and "--" not in name and ".." not in name
+
+
+def _repositories(name: str) -> tuple[str, ...]:
+    """Return the repository's id today, and the short one that old caches have; a repository's own id is its only."""
+    if "/" in name:
+        return (name,)
     return ("distilbert/" if name == "distilgpt2" else "openai-community/") + name, name
 
 
@@ -78,12 +87,12 @@ def _answers(address: str) -> bool:
 def _download(name: str) -> Path:
     from huggingface_hub import constants, snapshot_download
 
-    repository, _ = _repositories(name)
+    repository = _repositories(name)[0]
     if constants.HF_HUB_OFFLINE:
         raise Unreachable(f"{name} is not on this machine and HF_HUB_OFFLINE is set; {WHAT_TO_DO}")
     if not _answers(f"{constants.ENDPOINT}/api/models/{repository}"):
         raise Unreachable(f"{name} is not on this machine and the Hugging Face hub does not answer; {WHAT_TO_DO}")
-    require_space(Path(constants.HF_HUB_CACHE), MEGABYTES[name] * 1_100_000)
+    require_space(Path(constants.HF_HUB_CACHE), MEGABYTES.get(name, 0) * 1_100_000)
     try:
         folder = Path(snapshot_download(repository, allow_patterns=list(PATTERNS)))
     except Exception as e:  # what answers may be anything, and its replies make the client raise anything
@@ -94,16 +103,17 @@ def _download(name: str) -> Path:
 
 
 def fetch(name: str, workspace: Workspace, progress: Callable[[str], None] | None = None) -> Path:
-    """Return the folder of one of the five pretrained models.
+    """Return the folder of one of the five pretrained models, or of a repository "owner/name" of a registry file.
 
     Looks in models/, in `pretrained_dir`, in the Hugging Face cache, then on the hub. Without any of these it
     raises Unreachable within 10 seconds, saying what to do. BadName for any other name, NoSpace for a full disk.
     """
-    if name not in PRETRAINED:
+    if name not in PRETRAINED and not is_repository(name):
         raise BadName(f"model_type is {quoted(name)}; it must be one of {', '.join(PRETRAINED)}")
     folder = local_folder(workspace, name) or cached(name)
     if folder is None:
         if progress is not None:
-            progress(f"fetching {name} from the Hugging Face hub, about {MEGABYTES[name]} MB")
+            size = f", about {MEGABYTES[name]} MB" if name in MEGABYTES else ""
+            progress(f"fetching {name} from the Hugging Face hub{size}")
         folder = _download(name)
     return folder

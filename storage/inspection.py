@@ -187,4 +187,4 @@ def inspect(reference: ModelReference) -> Inspection:
         return inspect_checkpoint(reference.path, reference.label)
     label, _, file = reference.label.rpartition("/")
     shown = label if file in FOLDER_FILES else reference.label
-    return _huggingface(reference.path, shown, follow=reference.kind == "pretrained")
+    return _huggingface(reference.path, shown, follow=reference.kind in ("pretrained", "registered"))

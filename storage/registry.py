@@ -21,7 +21,7 @@ BUNDLED = "tiny-shakespeare"
 FOLDER_FILES = ("model.safetensors", "model.safetensors.index.json", "config.json")
 PATH_RULE = "it must be out/<name>/ckpt.pt, out/<name>, models/<name> or a name in the folder of pretrained models"
 
-Kind = Literal["bundled", "pretrained", "trained", "folder"]
+Kind = Literal["bundled", "pretrained", "trained", "folder", "registered"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class ModelReference:
     device: str | None = None  # this and the next two: what a registry file says of it; None: as the settings say
     dtype: str | None = None
     max_context_tokens: int | None = None
+    repository: str | None = None  # on the Hugging Face hub, of a registered model that is there
 
 
 def resolve(workspace: Workspace, *, model_path: object = None, model_type: object = None) -> ModelReference:
@@ -52,6 +53,9 @@ def resolve(workspace: Workspace, *, model_path: object = None, model_type: obje
 
 
 def _by_type(workspace: Workspace, name: str) -> ModelReference:
+    registered = dict(workspace.registered).get(name)
+    if registered is not None:
+        return registered
     names = pretrained_names(workspace)
     if name not in names:
         error = NotFound if NAME.fullmatch(name) else BadName
@@ -138,8 +142,8 @@ def _folders(root: Path | None) -> Iterator[str]:
 
 
 def pretrained_names(workspace: Workspace) -> list[str]:
-    """Return every name that `model_type` may have: the five, the bundled one, and the local folders."""
-    names = [*PRETRAINED, BUNDLED]
+    """Return every name that `model_type` may have: the five, the bundled one, registered ones, and local folders."""
+    names = [*PRETRAINED, BUNDLED, *(name for name, _ in workspace.registered)]
     return names + [name for name in _folders(workspace.pretrained_dir) if name not in names]
 
 

@@ -10,10 +10,13 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from storage.errors import BadName, NotFound, StorageError
 from storage.files import NAME, NAME_RULE, check_name, quoted, read_json
+
+if TYPE_CHECKING:
+    from storage.registry import ModelReference
 
 CHECKPOINT, BEST, PREVIOUS = "ckpt.pt", "best.pt", "ckpt.prev.pt"
 
@@ -166,6 +169,7 @@ class Workspace:
 
     root: Path
     pretrained_dir: Path | None = None  # one Hugging Face folder per name
+    registered: "tuple[tuple[str, ModelReference], ...]" = ()  # names that a registry file adds
 
     @property
     def out(self) -> Path:

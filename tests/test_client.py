@@ -32,6 +32,10 @@ def sse(*frames: str) -> tuple[int, str, bytes]:
     return 200, "text/event-stream", "".join(f"{frame}\n\n" for frame in frames).encode()
 
 
+SIZED = {"id": "mine", "kind": "trained", "loaded": True, "parameters": 1234567, "size_bytes": 2469134}
+SIZED |= {"memory_bytes": 9876543}
+
+
 class FakeServer(ThreadingHTTPServer):
     """The routes of the API with a small state; `answers` replaces the answer of a route."""
 
@@ -62,6 +66,9 @@ class FakeServer(ThreadingHTTPServer):
                 "config": body,
                 "config_path": "out/mine/train_config.json",
                 "process_id": 7,
+            },
+            "GET /v1/models": lambda: {
+                "data": [SIZED, SIZED | {"id": "bad", "parameters": None, "memory_bytes": None}]
             },
             "GET /api/jobs": lambda: {"jobs": [self.job]},
             "GET /api/jobs/mine": self.look,
@@ -189,6 +196,14 @@ def test_the_environment_gives_the_key(server, monkeypatch):
     monkeypatch.setenv("LM_SERVER_API_KEY", "from-env")
     run("status")
     assert server.keys == ["Bearer from-env"]
+
+
+def test_sizes_says_what_each_model_takes(server):
+    lines = [line.split() for line in run("sizes").stdout.splitlines()]
+    assert lines[0] == ["id", "kind", "loaded", "parameters", "disk", "memory"]
+    assert lines[1] == ["mine", "trained", "yes", "1234567", "2.5", "MB", "9.9", "MB"]
+    assert lines[2] == ["bad", "trained", "yes", "-", "2.5", "MB", "-"]
+    assert json.loads(run("sizes", "--json").stdout)["data"][0]["parameters"] == 1234567
 
 
 def test_list_shows_pretrained_names_and_trained_models(server):

@@ -48,6 +48,11 @@ def test_only_the_five_names_are_ever_asked_for(workspace, name):
         fetch(name, workspace)
 
 
+def test_a_repository_of_a_registry_file_is_found_in_the_cache(workspace, cache):
+    folder = cached(cache, "someone/poet", *FILES)
+    assert fetch("someone/poet", workspace) == folder
+
+
 def test_a_local_folder_comes_first(workspace, cache):
     cached(cache, "openai-community/gpt2", *FILES)
     (workspace.root / "local" / "gpt2").mkdir(parents=True)

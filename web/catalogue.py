@@ -1,8 +1,8 @@
 """The catalogue: every model that a request under /v1 may name, and what each takes.
 
-A name is the id of the current model, a pretrained name or folder that is on this machine, a run of out/ (my_run,
-my_run/best, out/my_run/ckpt.pt), or ft:… of a fine-tuning job. Nothing is loaded here, and nothing is fetched: what
-is not on this machine is fetched by POST /api/load_model only.
+A name is the id of the current model, a name of the registry file, a pretrained name that is on this machine, a run
+of out/ (my_run, my_run/best, out/my_run/ckpt.pt), or ft:… of a fine-tuning job. Nothing is loaded here, and nothing
+is fetched: what is not on this machine is fetched by POST /api/load_model only.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from inference.backend import Footprint, InferenceBackend, ServedModel
 from storage import hub
 from storage.errors import NotFound, StorageError
 from storage.files import quoted
-from storage.registry import PRETRAINED, ModelReference, local_folder, pretrained_names, resolve, trained_models
+from storage.registry import ModelReference, local_folder, pretrained_names, resolve, trained_models
 from storage.runs import CHECKPOINT, Workspace
 from training import fine_tuning
 from training.jobs import JobManager
@@ -54,9 +54,10 @@ class Catalogue:
         if name.startswith(TUNED):
             return resolve(self._workspace, model_path=fine_tuning.model_path(self._workspace, name))
         if name in pretrained_names(self._workspace):
-            if local_folder(self._workspace, name) is None and (name not in PRETRAINED or hub.cached(name) is None):
+            found = resolve(self._workspace, model_type=name)
+            if not self._is_here(found):
                 raise NotFound(f"the model {name} is not on this machine; POST /api/load_model fetches it")
-            return resolve(self._workspace, model_type=name)
+            return found
         if name.startswith(("out/", "models/")):
             return resolve(self._workspace, model_path=name)
         if "/" in name:
@@ -69,6 +70,10 @@ class Catalogue:
         except NotFound:
             raise NotFound(f"there is no model {quoted(name)}") from None
 
+    @staticmethod
+    def _is_here(reference: ModelReference) -> bool:
+        return reference.path is not None or hub.cached(reference.repository or reference.id) is not None
+
     def entry(self, name: str) -> Json:
         """Return the model object of a name. Raises Refused (404, 403)."""
         reference = self.reference(name)
@@ -77,7 +82,8 @@ class Catalogue:
             if served is None:
                 raise Refused(404, f"the model {quoted(name)} is not loaded any more", "model_not_found", "model")
             reference = served.reference
-        return self._object(name if name.startswith(TUNED) else reference.id, reference, self._loaded())
+        own = name.startswith(TUNED) or name in dict(self._workspace.registered)  # the name is an id here
+        return self._object(name if own else reference.id, reference, self._loaded())
 
     # --- all models
 
@@ -95,8 +101,9 @@ class Catalogue:
         served = self._engine.served()
         if served is not None:
             yield served.id, served.reference
+        registered = dict(self._workspace.registered)
         for name in pretrained_names(self._workspace):
-            if local_folder(self._workspace, name) is not None:
+            if name in registered or local_folder(self._workspace, name) is not None:
                 yield name, resolve(self._workspace, model_type=name)
         for described in trained_models(self._workspace):
             run = self._workspace.run(described["name"])

@@ -51,7 +51,7 @@ class Settings:
     pretrained_dir: Path | None = setting(None, "folder with one Hugging Face folder per pretrained name")
     hf_token: str | None = setting(None, "token for the Hugging Face hub", also="HF_TOKEN", secret=True)
     model_registry_path: Path | None = setting(
-        None, "file that adds model names (not available yet)", also="MODEL_REGISTRY_PATH"
+        None, "JSON or YAML file that adds models by name", also="MODEL_REGISTRY_PATH"
     )
     model_allow_list: tuple[str, ...] = setting(
         (), "names of the only models that may be loaded, separated by commas", also="MODEL_ALLOW_LIST"
@@ -241,8 +241,6 @@ def _check_together(settings: Settings) -> None:
             f"host is {settings.host!r}; an address that others can reach needs api_key or api_key_file"
         )
     _check_rate_limit(settings.rate_limit)
-    if settings.model_registry_path is not None:
-        raise SettingsError("model_registry_path is set, but model registry files are not available yet")
     if not settings.root.is_dir():
         raise SettingsError(f"root is {str(settings.root)!r}; it must be a folder")
     if settings.pretrained_dir is not None and not settings.pretrained_dir.is_dir():
