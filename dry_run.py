@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from learning.machine import Machine
+from learning.start import start
 from learning.team import Team
 from storage.datasets import dataset
 from storage.registry import pretrained_names
 from storage.runs import Run, Workspace
-from train import Trainer, start
+from train import Trainer
 from training.command_line import parse
 from training.config import ConfigError, TrainConfig, resolve
 from training.outcome import explain

@@ -15,7 +15,7 @@ import contextlib
 import math
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,65 +27,31 @@ from torch.nn.parallel import DistributedDataParallel
 
 from learning.machine import Machine
 from learning.optimizers import optimizers
+from learning.start import start
 from learning.team import Team
-from model import GPT, GPTConfig
-from storage import checkpoints, tokenizer
+from model import GPT
+from storage import checkpoints
 from storage.datasets import Splits, dataset
 from storage.errors import StorageError
 from storage.registry import pretrained_names
 from storage.runs import Run, Workspace
-from storage.tokenizer import Tokenizer
-from storage.tokenizer_choice import tokenizer_for
 from training.best import BestLoss
 from training.command_line import parse
 from training.config import ConfigError, TrainConfig, resolve
+from training.examples import Part, learned, order_of, weight
 from training.outcome import Diverged, Outcome
+from training.probe import probe
 from training.progress import PreparationLine
 from training.report import Report, losses
-from training.resumption import require_resumable, warn_of_differences
+from training.resumption import warn_of_differences
 from training.roll_back import RollBacks
 from training.run_folder import claim
 from training.schedule import learning_rate
-from training.starting_point import check_fit, reference, require_memory, shorter_context, window_of
+from training.starting_point import check_fit, window_of
 from training.stop_signal import StopSignal
-from training.windows import Tokens, WindowOrder, gather
+from training.windows import gather
 
-SAMPLE_TEMPERATURE, SAMPLE_TOP_K, PROMPT_TOKENS = 0.8, 40, 16
-
-
-def start(config: TrainConfig, workspace: Workspace, run: Run, first: bool) -> tuple[GPT, Tokenizer, dict[str, Any]]:
-    """Return model and tokenizer, and the saved state if this resumes a run, else {}.
-
-    The tokenizer goes into the run's folder, so that the run can be served without its dataset.
-    """
-    weights, state = None, {}
-    if config.init_from == "resume":
-        path = checkpoints.newest_valid(run, print)
-        print(f"resuming from {run.relative}/{path.name}")
-        state = checkpoints.load_training_state(path)
-        require_resumable(state, path.name)
-        shape = GPTConfig(**state["model_args"], activation=state["activation"], tied=state["tied"])
-        weights = state.pop("model")
-    elif config.init_from == "scratch":
-        if first:
-            data = dataset(workspace, config.dataset)
-            tokenizer_for(config.tokenizer, data, workspace, PreparationLine()).save(run.tokenizer)
-        text, sizes = tokenizer.load(run.tokenizer), ("n_layer", "n_head", "n_embd", "block_size", "bias", "dropout")
-        vocab_size = 50304 if text.name == "gpt2" else text.n_vocab  # 50 257, and up to a size that is fast
-        shape = GPTConfig(vocab_size=vocab_size, **{name: getattr(config, name) for name in sizes})
-        require_memory(shape.n_layer, shape.n_embd, shape.block_size, vocab_size)
-    else:
-        loaded = checkpoints.load_model(reference(config, workspace), workspace, print)
-        if first:
-            loaded.tokenizer.save(run.tokenizer)
-        weights, shape = loaded.model.state_dict(), loaded.model.config
-        shape = replace(shape, block_size=shorter_context(config, shape.block_size), dropout=config.dropout or 0.0)
-        weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: shape.block_size]
-    torch.manual_seed(config.seed)
-    model = GPT(shape)
-    if weights is not None:
-        model.load_state_dict(weights)
-    return model, tokenizer.load(run.tokenizer), state
+SAMPLE_TEMPERATURE, SAMPLE_TOP_K = 0.8, 40
 
 
 class Trainer:
@@ -108,7 +74,7 @@ class Trainer:
         self.roll_backs.forget_losses()
         self.optimizers = optimizers(self.config, self.model)
         self.scaler = torch.amp.GradScaler(self.machine.device.type, enabled=self.machine.dtype == "fp16")
-        self.order = WindowOrder(len(self.splits.train), self.window, self.config.seed)
+        self.order = order_of(self.splits.train, self.splits.train_mask, self.window, self.config.seed)
         self.iter_num, self.evaluated, self.seconds = 0, -1, 0.0
         self.best = BestLoss()
 
@@ -116,13 +82,30 @@ class Trainer:
         """Say whether to drop work that can be done again; several processes only stop together, after an iteration."""
         return self.stop.requested and self.team.world == 1
 
-    def batch(self, tokens: Tokens, starts: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Return inputs and targets (B, T) of the windows at `starts`; they travel in two bytes a token."""
+    def batch(self, part: Part, starts: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Return inputs and targets (B, T) of the windows at `starts`; they travel in two bytes a token.
+
+        The target of what is only read is -1, which the loss leaves out.
+        """
+        tokens, mask = part
         rows = gather(tokens, starts, self.window)
         if rows.max() >= self.model.config.vocab_size:
             raise ConfigError(f"the data has token {rows.max()}, beyond a vocabulary of {self.model.config.vocab_size}")
         windows = torch.from_numpy(rows).to(self.machine.device).long()
-        return windows[:, :-1], windows[:, 1:].contiguous()
+        targets = windows[:, 1:].contiguous()
+        if mask is not None:
+            read = torch.from_numpy(~learned(mask, starts, self.window)).to(self.machine.device)
+            targets = targets.masked_fill(read, -1)  # a copy: of one row, targets are a view of the inputs' memory
+        return windows[:, :-1], targets
+
+    def divisors(self, steps: Sequence[np.ndarray]) -> list[float]:
+        """Return by what to divide the mean loss of each step, so that they and all processes make one mean."""
+        mask, world = self.splits.train_mask, self.team.world
+        if mask is None:
+            return [len(steps)] * len(steps)
+        counts = [weight(mask, starts, self.window) for starts in steps]
+        total = self.team.sum(sum(counts))
+        return [total / (count * world) for count in counts]
 
     def update(self) -> dict[str, float]:
         """Make one iteration; return the loss before it, its learning rate and the gradient's norm.
@@ -135,14 +118,15 @@ class Trainer:
         torch.manual_seed(int(np.random.SeedSequence((self.config.seed, self.iter_num, rank)).generate_state(1)[0]))
         share = np.array_split(self.order.next(accumulation * self.config.batch_size), world)[rank]
         steps = np.array_split(share, accumulation // world if accumulation % world == 0 else accumulation)
-        total = torch.zeros((), device=self.machine.device)
+        total, part = torch.zeros((), device=self.machine.device), (self.splits.train, self.splits.train_mask)
+        divisors = self.divisors(steps)
         for i, starts in enumerate(steps):
             if i > 0 and self.interrupted():
                 self.order.restore(before)
                 return {}
             wait = world > 1 and i < len(steps) - 1  # processes exchange gradients in the last step only
             with self.forward.no_sync() if wait else contextlib.nullcontext(), self.machine.autocast():
-                loss = self.forward(*self.batch(self.splits.train, starts))[1] / len(steps)
+                loss = self.forward(*self.batch(part, starts))[1] / divisors[i]
             self.scaler.scale(loss).backward()
             total += loss.detach()
         loss = self.team.sum(total.item()) / world
@@ -169,25 +153,27 @@ class Trainer:
         return {"learning_rate": rate, "grad_norm": norm}
 
     @torch.no_grad()
-    def loss_on(self, tokens: Tokens) -> float:
+    def loss_on(self, part: Part) -> float:
         """Return the mean loss on a split: the same windows each time, and no generator of the training is used."""
-        order, size = WindowOrder(len(tokens), self.window, self.config.seed + 1), self.config.batch_size
+        order, size = order_of(*part, self.window, self.config.seed + 1), self.config.batch_size
         starts = order.next(min(self.config.eval_iters * size, len(order.order)))
-        share, total = np.array_split(starts, self.team.world)[self.team.rank], 0.0
+        share, total, weights = np.array_split(starts, self.team.world)[self.team.rank], 0.0, 0
         self.model.eval()
         for i in range(0, 0 if self.interrupted() else len(share), size):
             with self.machine.autocast():
-                loss = self.model(*self.batch(tokens, share[i : i + size]))[1]
-            total += loss.item() * len(share[i : i + size])
+                loss = self.model(*self.batch(part, share[i : i + size]))[1]
+            count = weight(part[1], share[i : i + size], self.window)
+            total, weights = total + loss.item() * count, weights + count
         self.model.train()
-        return self.team.sum(total) / len(starts)
+        return self.team.sum(total) / max(self.team.sum(weights), 1)  # 0 only if it was interrupted
 
     def evaluate(self) -> tuple[dict[str, Any] | None, bool]:
         """Return the losses on both splits if they are due, and whether val has never been better."""
         due = self.iter_num % self.config.eval_interval == 0 or self.iter_num == self.config.max_iters
         if not due or self.evaluated == self.iter_num:
             return None, False
-        train, val = self.loss_on(self.splits.train), self.loss_on(self.splits.val)
+        train = self.loss_on((self.splits.train, self.splits.train_mask))
+        val = self.loss_on((self.splits.val, self.splits.val_mask))
         if self.interrupted():
             return None, False
         if not math.isfinite(train + val):
@@ -197,12 +183,12 @@ class Trainer:
 
     def sample(self) -> tuple[str, str]:
         """Return a prompt and its continuation, from the same prompt and random numbers each time."""
-        text, prompt, longest = self.splits.tokenizer, self.config.sample_prompt, self.model.config.block_size - 1
-        ids = (text.encode(prompt) if prompt else self.splits.val[:PROMPT_TOKENS].tolist())[:longest]
+        text = self.splits.tokenizer
+        ids, end = probe(self.splits, self.config.sample_prompt, self.model.config.block_size)
         generator = torch.Generator(self.machine.device).manual_seed(self.config.seed)
         idx, new = torch.tensor([ids], device=self.machine.device), self.config.sample_tokens
         with self.machine.autocast():
-            idx = self.model.generate(idx, new, SAMPLE_TEMPERATURE, SAMPLE_TOP_K, generator, text.eot)
+            idx = self.model.generate(idx, new, SAMPLE_TEMPERATURE, SAMPLE_TOP_K, generator, end)
         self.model.train()
         return text.decode(ids), text.decode(idx[0, len(ids) :].tolist())
 

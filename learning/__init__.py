@@ -1,1 +1,1 @@
-"""The arithmetic of training, for train.py: tensors in, tensors out; no files of a run, no HTTP."""
+"""The side of training that needs tensors, for train.py: devices, optimizers, the model to start with; no HTTP."""

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from storage import tokenizer as tokenizers
-from storage.documents import Source, count_documents, pieces, sources
+from storage.documents import Source, count_documents, format_of, pieces, sources
 from storage.errors import NotFound, NotLoadable, StorageError
 from storage.files import NAME, check_name, look_up, quoted
 from storage.runs import Workspace
@@ -93,6 +93,11 @@ class Dataset:
         """Return the text files, sorted by name; raises NotLoadable for links and special files."""
         return sources(self.folder)
 
+    def format(self) -> str:
+        """Return "text", "prompt_completion" or "chat": what its text is, or was, if only its tokens are left."""
+        files = self.sources()
+        return format_of(self.folder, files) if files else self._cache.format()
+
     def refuse(self, why: str) -> NotLoadable:
         """Return a refusal of this dataset, for the caller to raise."""
         return NotLoadable(f"dataset {self.name} {why}")
@@ -103,16 +108,17 @@ class Dataset:
     def describe(self) -> dict[str, Any]:
         """Return what GET /api/datasets says of it.
 
-        `documents` is null where counting would take long; `source` is "text", "nanoGPT" or, while there is
-        nothing yet, "script"; `error` says what is wrong with its files, or is null.
+        `documents` is null where counting would take long; `format` is "text", "prompt_completion" or "chat" (of
+        the last two only completions and what the assistant says are learned); `source` is "text", "nanoGPT" or,
+        while there is nothing yet, "script"; `error` says what is wrong with its files, or is null.
         """
         found: dict[str, Any] = {"name": self.name, "bytes": 0, "documents": None, "tokens": {}, "error": None}
-        found["source"] = "text"
+        found |= {"source": "text", "format": "text"}
         try:
             files = self.sources()
             found["bytes"] = sum(source.size for source in files)
             found["documents"] = count_documents(self.folder, files) if files else None
-            found["tokens"] = self._cache.counts()
+            found |= {"tokens": self._cache.counts(), "format": self.format()}
             kind = self.natural_kind()
             if kind is not None:
                 count = sum(self._counts().values())
@@ -220,6 +226,10 @@ class Dataset:
             if not self._is_collected():
                 self._run_script(progress)
 
+    def is_known(self) -> bool:
+        """Say whether there is text, or tokens that were made of it or came with the dataset."""
+        return self._is_collected() or self._has("tokens")
+
     def _is_collected(self) -> bool:
         """Say whether there is text or tokens; one token file alone is what a stopped script left."""
         return bool(self.sources()) or (all if self._is_script() else any)(map(self._has, NANOGPT_FILES))
@@ -273,9 +283,9 @@ class Dataset:
         step = 1 if limit_bytes is None else max(1, -(-size // limit_bytes))
         found: list[str] = []
         between = ""
-        for text, ends in itertools.islice(pieces(self.folder, files), 0, None, step):
-            found += (between, text)
-            between = "\n" if ends else ""
+        for piece in itertools.islice(pieces(self.folder, files), 0, None, step):
+            found += (between, piece.text)
+            between = "\n" if piece.ends else ""
         return "".join(found)
 
 

@@ -1,6 +1,6 @@
 """The raw text of a dataset: its .txt and .jsonl files, read as a stream of documents.
 
-A .txt file is one document; a .jsonl file has one per line: {"text"}, {"prompt", "completion"} or {"messages"}.
+A .txt file is one document; a .jsonl file has one per line, see records.py.
 Text is UTF-8 (a BOM is dropped) and its lines end in LF; anything else is refused with the place of the fault.
 Documents come in pieces, so that a file larger than the memory can be read. A piece ends where GPT-2's pattern
 cuts anyway, so the tokens of the pieces are the tokens of the whole. A file val.txt or val.jsonl comes last and
@@ -8,8 +8,9 @@ is the text to validate on. No tokens here.
 """
 
 import codecs
+import contextlib
 import hashlib
-import json
+import itertools
 import os
 import stat
 from array import array
@@ -20,6 +21,7 @@ from typing import Any, BinaryIO
 
 from storage.errors import NotFound, NotLoadable
 from storage.files import NAME, look_up, open_regular
+from storage.records import FORMATS, LineReader, Piece, parse_line
 
 SUFFIXES = (".txt", ".jsonl")
 VALIDATION = ("val.txt", "val.jsonl")
@@ -57,59 +59,43 @@ def sources(folder: Path) -> list[Source]:
     return found
 
 
-# ---- one document of a .jsonl file
+# ---- the documents of a .jsonl file
 
 
-def render_messages(messages: Sequence[Any]) -> str:
-    """Return a conversation as text: a line "role: content" for each message. Raises ValueError."""
-    lines = []
-    for message in messages:
-        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise ValueError("a message needs a role and a content, both text")
-        lines.append(f"{role}: {content}\n")
-    return "".join(lines)
-
-
-def text_of_record(record: object) -> str:
-    """Return the text of one line of a .jsonl file. Raises ValueError saying what is missing."""
-    if not isinstance(record, dict):
-        raise ValueError("it is not a JSON object")
-    if isinstance(record.get("text"), str):
-        return str(record["text"])
-    if isinstance(record.get("prompt"), str) and isinstance(record.get("completion"), str):
-        return f"{record['prompt']}{record['completion']}"
-    if isinstance(record.get("messages"), list) and record["messages"]:
-        return render_messages(record["messages"])
-    raise ValueError('it has none of "text", "prompt" with "completion", and "messages"')
-
-
-def _without_surrogates(text: str) -> str:
-    """Return the text with halves of surrogate pairs, which JSON can name and UTF-8 cannot, as U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _jsonl_documents(f: BinaryIO, name: str) -> Iterator[str]:
+def _lines(f: BinaryIO, name: str) -> Iterator[tuple[int, int, bytes]]:
+    """Give number, place and bytes of each line that is not blank."""
     number, offset = 0, 0
     while line := f.readline(MAX_LINE_BYTES + 1):
         number += 1
         if len(line) > MAX_LINE_BYTES:
             raise NotLoadable(f"{name} line {number} is longer than {MAX_LINE_BYTES // 2**20} MiB")
         if line.strip():
-            try:
-                record = json.loads(line.decode("utf-8").removeprefix("\ufeff"))
-                yield _without_surrogates(text_of_record(record)).replace("\r\n", "\n")
-            except UnicodeDecodeError as e:
-                raise NotLoadable(f"{name} line {number} is not UTF-8 text at byte {offset + e.start}") from None
-            except (ValueError, RecursionError) as e:
-                raise NotLoadable(f"{name} line {number} cannot be used: {_reason(e)}") from None
+            yield number, offset, line
         offset += len(line)
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"it is not JSON ({error.msg} at character {error.pos})"
-    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
+def _jsonl_pieces(f: BinaryIO, name: str) -> Iterator[Piece]:
+    reader = LineReader()
+    for number, offset, line in _lines(f, name):
+        try:
+            yield from reader.pieces(line)
+        except UnicodeDecodeError as e:
+            raise NotLoadable(f"{name} line {number} is not UTF-8 text at byte {offset + e.start}") from None
+        except ValueError as e:
+            raise NotLoadable(f"{name} line {number} cannot be used: {str(e)[:200]}") from None
+
+
+def format_of(folder: Path, files: Sequence[Source]) -> str:
+    """Return the format of a folder's `files`, by their first lines: the last of FORMATS that one of them has.
+
+    A first line that cannot be used counts as text here: whoever reads the file is told what is wrong.
+    """
+    found = {"text"}
+    for source in files:
+        if source.name.endswith(".jsonl"):
+            with open(open_regular(folder, [source.name]), "rb") as f, contextlib.suppress(ValueError, NotLoadable):
+                found.update(parse_line(line)[0] for _, _, line in itertools.islice(_lines(f, source.name), 1))
+    return max(found, key=FORMATS.index)
 
 
 # ---- the pieces of a .txt file
@@ -159,27 +145,24 @@ def _unix_lines(texts: Iterator[str]) -> Iterator[str]:
     yield held
 
 
-def _txt_pieces(f: BinaryIO, name: str) -> Iterator[tuple[str, bool]]:
-    held = ""
+def _txt_pieces(f: BinaryIO, name: str) -> Iterator[Piece]:
+    held, begins = "", True
     for text in _unix_lines(_decoded(f, name)):
         earliest = len(held) - 1  # what was there before has no place to cut
         held += text
         at = _cut(held, earliest) if text else 0
         if at > 0:
-            yield held[:at], False
-            held = held[at:]
-    yield held, True
+            yield Piece(held[:at], begins, False)
+            held, begins = held[at:], False
+    yield Piece(held, begins, True)
 
 
-def pieces(folder: Path, files: Sequence[Source]) -> Iterator[tuple[str, bool]]:
-    """Give the documents of a folder's `files` in order, as (piece of text, whether the document ends with it)."""
+def pieces(folder: Path, files: Sequence[Source]) -> Iterator[Piece]:
+    """Give the documents of a folder's `files` in order, in pieces."""
     for source in files:
         with open(open_regular(folder, [source.name]), "rb") as f:
-            if source.name.endswith(".jsonl"):
-                for text in _jsonl_documents(f, source.name):
-                    yield text, True
-            else:
-                yield from _txt_pieces(f, source.name)
+            read = _jsonl_pieces if source.name.endswith(".jsonl") else _txt_pieces
+            yield from read(f, source.name)
 
 
 # ---- all documents at a glance
@@ -192,6 +175,7 @@ class Scan:
     hashes: "array[int]" = field(default_factory=lambda: array("Q"))  # one per document, of its content
     characters: int = 0
     bytes: int = 0  # of UTF-8
+    masked: bool = False  # whether there is text that is only read, not learned
 
     @property
     def documents(self) -> int:
@@ -199,24 +183,27 @@ class Scan:
         return len(self.hashes)
 
 
-def scan(stream: Iterator[tuple[str, bool]]) -> Scan:
+def scan(stream: Iterator[Piece]) -> Scan:
     """Return hashes and sizes of the documents of `pieces`; reading them all is also what checks them."""
     result, digest = Scan(), hashlib.blake2b(digest_size=8)
-    for text, ends in stream:
-        data = text.encode()
+    for piece in stream:
+        data = piece.text.encode()
+        if piece.role is not None or not piece.learned:
+            digest.update(f"\0{piece.role}\0{piece.learned}\0".encode())
+            result.masked = True
         digest.update(data)
-        result.characters += len(text)
+        result.characters += len(piece.text)
         result.bytes += len(data)
-        if ends:
+        if piece.ends:
             result.hashes.append(int.from_bytes(digest.digest(), "little"))
             digest = hashlib.blake2b(digest_size=8)
     return result
 
 
 def validation_start(folder: Path, files: Sequence[Source]) -> int | None:
-    """Return how many characters come before the files of VALIDATION, None if `sources` found none of these."""
+    """Return how many documents come before the files of VALIDATION, None if `sources` found none of these."""
     before = [file for file in files if file.name not in VALIDATION]
-    return None if len(before) == len(files) else scan(pieces(folder, before)).characters
+    return None if len(before) == len(files) else scan(pieces(folder, before)).documents
 
 
 def count_documents(folder: Path, files: Sequence[Source]) -> int | None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from model import GPT, LAYER_NORM_EPS, GPTConfig
 from storage import tokenizer as tokenizers
 from storage.architecture import TRANSPOSED
+from storage.chat_format import END, TEMPLATE, end_of_turn, is_chat
 from storage.errors import NotLoadable
 from storage.files import identity, open_descriptor, sync_folder, temporary_beside
 from storage.hub import fetch
@@ -140,7 +141,13 @@ def load_folder(path: Path, workspace: Workspace | None = None) -> tuple[GPT, To
 # ---- out
 
 
-def _config_json(config: GPTConfig, eot: int | None, dtype: torch.dtype) -> dict[str, Any]:
+def _special_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
+    """Return the ids by which transformers knows where a text ends: <|endoftext|>, or the end of a chat's turn."""
+    end = end_of_turn(tokenizer) if is_chat(tokenizer) else tokenizer.eot
+    return {"bos_token_id": tokenizer.eot, "eos_token_id": end}
+
+
+def _config_json(config: GPTConfig, special: Mapping[str, int | None], dtype: torch.dtype) -> dict[str, Any]:
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -162,8 +169,7 @@ def _config_json(config: GPTConfig, eot: int | None, dtype: torch.dtype) -> dict
         "reorder_and_upcast_attn": False,
         "tie_word_embeddings": config.tied,
         "use_cache": True,
-        "bos_token_id": eot,
-        "eos_token_id": eot,
+        **special,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
 
@@ -177,6 +183,8 @@ def _tokenizer_config(tokenizer: Tokenizer, block_size: int) -> dict[str, Any]:
     if tokenizer.eot is not None:
         text = tokenizer.decode([tokenizer.eot])
         config.update(bos_token=text, eos_token=text, unk_token=text)
+    if is_chat(tokenizer):
+        config.update(eos_token=END, chat_template=TEMPLATE)
     return config
 
 
@@ -197,9 +205,9 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def _write_folder(folder: Path, model: GPT, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
-    eot = tokenizer.eot
-    _write_json(folder / "config.json", _config_json(model.config, eot, dtype))
-    _write_json(folder / "generation_config.json", {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot})
+    special = _special_ids(tokenizer)
+    _write_json(folder / "config.json", _config_json(model.config, special, dtype))
+    _write_json(folder / "generation_config.json", special | {"pad_token_id": special["eos_token_id"]})
     _write_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer, model.config.block_size))
     _write_json(folder / "tokenizer.json", tokenizer.to_json())
     save_file(_exported_tensors(model, dtype), folder / "model.safetensors", metadata={"format": "pt"})

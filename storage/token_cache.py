@@ -1,8 +1,8 @@
 """The token files that we made of a dataset's text: data/<name>/tokens/<fingerprint>/, one folder per tokenizer.
 
-A folder holds train.bin, val.bin, tokenizer.json and meta.json, which says of which version of which text files
-they are. It is written beside its place and renamed, so it is whole or not there. Who may write is the caller's
-matter: one process at a time. Files named as in nanoGPT that came from elsewhere are not here.
+A folder holds train.bin, val.bin, their masks if not all is learned, tokenizer.json and meta.json, which says of
+which version of which text files they are. It is written beside its place and renamed, so it is whole or not there.
+Who may write is the caller's matter: one process at a time. nanoGPT's files that came from elsewhere are not here.
 """
 
 import contextlib
@@ -14,7 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from storage.documents import Source, pieces, scan, validation_start
+import numpy as np
+
+from storage.chat_format import is_chat
+from storage.documents import Scan, Source, format_of, pieces, scan, validation_start
 from storage.errors import NoSpace, NotFound, NotLoadable, StorageError
 from storage.files import (
     NAME,
@@ -27,9 +30,22 @@ from storage.files import (
     temporary_beside,
     write_json,
 )
-from storage.token_files import Progress, Splits, bytes_per_token, open_tokens, split, token_type, write_tokens
+from storage.records import FORMATS
+from storage.token_files import (
+    FILES,
+    MASK,
+    Progress,
+    Splits,
+    bytes_per_token,
+    count_learned,
+    open_tokens,
+    split,
+    token_type,
+    write_tokens,
+)
 from storage.tokenizer import Tokenizer
 
+SPLITS = ("train", "val")
 META_BYTES = 2**24
 EXPECTED_TOKENS_PER_BYTE = 0.4  # of byte pairs: English has 0.25, Python sources 0.35
 
@@ -53,32 +69,41 @@ class TokenCache:
         kinds = {"tokenizer": str, "train_tokens": int, "val_tokens": int, "bytes_per_token": float, "sources": list}
         if not isinstance(meta, dict) or not all(isinstance(meta.get(key), kind) for key, kind in kinds.items()):
             raise NotLoadable(f"{'/'.join(['data', *parts])} is not what was written there")
-        return meta
+        return {"format": "text", "masked": False} | meta
+
+    def _metas(self) -> list[dict[str, Any]]:
+        """Return what meta.json says in each folder that is whole."""
+        try:
+            look_up(self.data, [self.dataset, "tokens"])
+        except NotFound:
+            return []
+        return [self._meta(name) for name in sorted(filter(NAME.fullmatch, os.listdir(self.folder)))]
 
     def counts(self) -> dict[str, int]:
-        """Return the number of tokens by tokenizer name, of all folders that are whole."""
-        found: dict[str, int] = {}
-        with contextlib.suppress(NotFound):
-            look_up(self.data, [self.dataset, "tokens"])
-            for name in sorted(filter(NAME.fullmatch, os.listdir(self.folder))):
-                meta = self._meta(name)
-                found[meta["tokenizer"]] = meta["train_tokens"] + meta["val_tokens"]
-        return found
+        """Return the number of tokens by tokenizer name."""
+        return {meta["tokenizer"]: meta["train_tokens"] + meta["val_tokens"] for meta in self._metas()}
+
+    def format(self) -> str:
+        """Return the format of the text that the tokens were made of; "text" without any."""
+        return str(max(["text", *(meta["format"] for meta in self._metas())], key=FORMATS.index))
 
     def open(self, tokenizer: Tokenizer) -> Splits:
         """Return the tokens for this tokenizer; raises NotFound without them, NotLoadable for damaged ones."""
         parts = [self.dataset, "tokens", tokenizer.fingerprint]
         meta, dtype = self._meta(tokenizer.fingerprint), token_type(tokenizer.n_vocab)
-        train, val = (open_tokens(self.data, [*parts, name], dtype) for name in ("train.bin", "val.bin"))
-        if (len(train), len(val)) != (meta["train_tokens"], meta["val_tokens"]):
+        kinds = (dtype, dtype, MASK, MASK)[: 4 if meta["masked"] else 2]
+        found = [open_tokens(self.data, [*parts, name], kind) for name, kind in zip(FILES, kinds, strict=False)]
+        if [len(array) for array in found] != [meta["train_tokens"], meta["val_tokens"]] * (len(found) // 2):
             raise NotLoadable(f"dataset {self.dataset}: its token files do not have the size they were written with")
-        return Splits(train, val, meta["bytes_per_token"], tokenizer, self.dataset)
+        return Splits(found[0], found[1], meta["bytes_per_token"], tokenizer, self.dataset, *found[2:])
 
     def is_current(self, tokenizer: Tokenizer, files: Sequence[Source]) -> bool:
         """Say whether there are whole token files of exactly these versions of the text files."""
         try:
             self.open(tokenizer)
-            return bool(self._meta(tokenizer.fingerprint)["sources"] == [source.describe() for source in files])
+            meta = self._meta(tokenizer.fingerprint)
+            same = meta["sources"] == [source.describe() for source in files]
+            return same and bool(meta["format"] == format_of(self.data / self.dataset, files))
         except StorageError:
             return False
 
@@ -94,28 +119,43 @@ class TokenCache:
     def _write(self, folder: Path, files: Sequence[Source], tokenizer: Tokenizer, progress: Progress) -> dict[str, Any]:
         progress("reading the text", 0, 0)
         source = self.data / self.dataset
-        found, dtype = scan(pieces(source, files)), token_type(tokenizer.n_vocab)
+        form, found, dtype = format_of(source, files), scan(pieces(source, files)), token_type(tokenizer.n_vocab)
+        if form == "chat" and not is_chat(tokenizer):
+            raise NotLoadable(
+                f"dataset {self.dataset} is chat, and the tokenizer {tokenizer.name} has no tokens for it"
+            )
         expected = found.characters if tokenizer.kind == "char" else int(found.bytes * EXPECTED_TOKENS_PER_BYTE)
-        require_space(folder, expected * dtype.itemsize)
+        require_space(folder, expected * (dtype.itemsize + found.masked * MASK.itemsize))
         labelled = split(pieces(source, files), found, validation_start(source, files))
         write_tokens(folder, labelled, found, tokenizer, progress)
-        sizes = {name: (folder / f"{name}.bin").stat().st_size // dtype.itemsize for name in ("train", "val")}
-        for name, size in sizes.items():
-            if size == 0:
-                raise NotLoadable(
-                    f"dataset {self.dataset}: its {found.characters} characters leave {name} without a token"
-                )
         return {
             "tokenizer": tokenizer.name,
             "fingerprint": tokenizer.fingerprint,
             "dtype": dtype.name,
-            "train_tokens": sizes["train"],
-            "val_tokens": sizes["val"],
-            "bytes_per_token": bytes_per_token(open_tokens(folder, ["val.bin"], dtype), tokenizer),
+            "format": form,
+            "masked": found.masked,
+            **self._sizes(folder, found, dtype, tokenizer),
             "documents": found.documents,
             "characters": found.characters,
             "sources": [source.describe() for source in files],
         }
+
+    def _sizes(self, folder: Path, found: Scan, dtype: np.dtype, tokenizer: Tokenizer) -> dict[str, Any]:
+        """Return what meta.json says of new token files; raises NotLoadable unless there is something on each side."""
+        sizes = {f"{name}_tokens": (folder / f"{name}.bin").stat().st_size // dtype.itemsize for name in SPLITS}
+        learned = dict(sizes)
+        if found.masked and all(sizes.values()):
+            learned = {
+                f"{name}_tokens": count_learned(open_tokens(folder, [f"{name}.mask.bin"], MASK)) for name in SPLITS
+            }
+        for name, count in learned.items():
+            if count == 0:
+                side = name.removesuffix("_tokens")
+                what = f"{found.documents} examples" if found.masked else f"{found.characters} characters"
+                raise NotLoadable(f"dataset {self.dataset}: its {what} leave {side} without a token to learn")
+        val = open_tokens(folder, ["val.bin"], dtype)
+        mask = open_tokens(folder, ["val.mask.bin"], MASK) if found.masked else None
+        return sizes | {"bytes_per_token": bytes_per_token(val, tokenizer, mask)}
 
     @contextlib.contextmanager
     def _replacing(self, target: Path) -> Iterator[Path]:

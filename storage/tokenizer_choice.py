@@ -5,6 +5,7 @@ Fine-tuning has no choice, its model brings a tokenizer; so nothing here is abou
 """
 
 from storage import tokenizer as tokenizers
+from storage.chat_format import with_chat_tokens
 from storage.datasets import Dataset, ignore
 from storage.errors import BadName
 from storage.files import quoted
@@ -50,12 +51,27 @@ def tokenizer_for(spec: object, source: Dataset, workspace: Workspace, progress:
     """Return the tokenizer that a training from scratch on `source` asks for.
 
     auto: that of nanoGPT's token files, else at most 1024 byte pairs. gpt2: GPT-2's. char: all characters of the
-    text. bpe:N: N byte pairs trained on a sample of the text. Raises BadName, or NotLoadable for an unfit text.
+    text. bpe:N: N byte pairs trained on a sample of the text. For chats the tokens of the chat format are added.
+    Raises BadName, or NotLoadable for an unfit text.
     """
     word = check_spec(spec)
+    source.collect(progress)
+    return fitting(_chosen(word, source, workspace, progress), source)
+
+
+def fitting(tokenizer: Tokenizer, source: Dataset, progress: Progress = ignore) -> Tokenizer:
+    """Return a tokenizer as a training on `source` needs it: with the tokens of the chat format if it has chats.
+
+    The text is fetched first if it must be. Raises StorageError.
+    """
+    if not source.is_known():
+        source.collect(progress)
+    return with_chat_tokens(tokenizer) if source.format() == "chat" else tokenizer
+
+
+def _chosen(word: str, source: Dataset, workspace: Workspace, progress: Progress) -> Tokenizer:
     if word == "gpt2":
         return tokenizers.gpt2(workspace)
-    source.collect(progress)
     if word in ("auto", source.natural_kind()) and (natural := source.natural_tokenizer()) is not None:
         return natural
     if word == "char":

@@ -6,7 +6,6 @@ with the file, by line. Archives are refused. To train on a file, it becomes a d
 """
 
 import fcntl
-import json
 import os
 import re
 import secrets
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from storage.documents import BINARY, MAX_LINE_BYTES, pieces, scan, sources, text_of_record
+from storage.documents import BINARY, MAX_LINE_BYTES, pieces, scan, sources
 from storage.errors import BadName, NotFound, NotLoadable, StorageError, TooLarge
 from storage.files import (
     open_regular,
@@ -30,6 +29,7 @@ from storage.files import (
     temporary_beside,
     write_json,
 )
+from storage.records import LineReader
 from storage.runs import Workspace
 
 ID = re.compile(r"file-[0-9a-f]{24}")
@@ -159,30 +159,23 @@ def save(workspace: Workspace, filename: object, purpose: object, stream: Binary
 # ---- checking
 
 
-def _fault_of_line(line: bytes) -> str | None:
-    try:
-        text_of_record(json.loads(line.decode("utf-8").removeprefix("\ufeff")))
-    except UnicodeDecodeError as e:
-        return f"it is not UTF-8 text at its byte {e.start}"
-    except json.JSONDecodeError as e:
-        return f"it is not JSON ({e.msg} at character {e.pos})"
-    except RecursionError:
-        return "it is nested too deeply"
-    except ValueError as e:
-        return str(e)[:200]
-    return None
-
-
 def _faults(f: BinaryIO) -> Iterator[tuple[int, str | None]]:
     """Give the number of each line that is not blank, and what is wrong with it."""
-    number = 0
+    number, reader = 0, LineReader()
     while line := f.readline(MAX_LINE_BYTES + 1):
         number += 1
         if len(line) > MAX_LINE_BYTES:
             yield number, f"it is longer than {MAX_LINE_BYTES // 2**20} MiB; nothing after it was read"
             return
         if line.strip():
-            yield number, _fault_of_line(line)
+            try:
+                reader.pieces(line)
+            except UnicodeDecodeError as e:
+                yield number, f"it is not UTF-8 text at its byte {e.start}"
+            except ValueError as e:
+                yield number, str(e)[:200]
+            else:
+                yield number, None
 
 
 def _check_lines(f: BinaryIO) -> str | None:

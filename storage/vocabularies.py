@@ -90,6 +90,9 @@ class Tokenizer(Protocol):
     def stream_decoder(self) -> StreamDecoder:
         """Return a new decoder for ids that come one by one."""
 
+    def with_special(self, names: Sequence[str]) -> "Tokenizer":
+        """Return this tokenizer with more special tokens, behind its own ids; those it has stay as they are."""
+
     def to_json(self) -> dict[str, Any]:
         """Return the content of a tokenizer.json, which Hugging Face's libraries load with the same ids."""
 
@@ -136,6 +139,10 @@ class _Vocabulary(ABC):
         """Write the tokenizer.json."""
         data = json.dumps(self.to_json()).encode()
         replace_file(path, lambda f: write_all(f, data))
+
+    def _more_special(self, names: Sequence[str]) -> dict[str, int]:
+        new = [name for name in names if name not in self.special_tokens]
+        return self.special_tokens | {name: self.n_vocab + i for i, name in enumerate(new)}
 
     def _tokenizer_json(self, steps: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -219,6 +226,10 @@ class BytePairTokenizer(_Vocabulary):
         """Return the ids of text in which special tokens such as <|endoftext|> are themselves."""
         return [i for part in _parts(text) for i in self._encoding.encode(part, allowed_special="all")]
 
+    def with_special(self, names: Sequence[str]) -> "BytePairTokenizer":
+        """Return this tokenizer with more special tokens, behind its own ids; those it has stay as they are."""
+        return BytePairTokenizer(self._ranks, self._merges, self._more_special(names))
+
     def to_json(self) -> dict[str, Any]:
         """Return the content of a tokenizer.json, which Hugging Face's libraries load with the same ids."""
         alphabet = byte_alphabet()
@@ -286,6 +297,10 @@ class CharTokenizer(_Vocabulary):
         pieces = re.split(f"({'|'.join(map(re.escape, self.special_tokens))})", text)
         special = self.special_tokens
         return [i for piece in pieces for i in ([special[piece]] if piece in special else self.encode(piece))]
+
+    def with_special(self, names: Sequence[str]) -> "CharTokenizer":
+        """Return this tokenizer with more special tokens, behind its own ids; those it has stay as they are."""
+        return CharTokenizer(self._ids, self._more_special(names))
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of a tokenizer.json, which Hugging Face's libraries load with the same ids."""

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from storage import documents, token_files
 from storage.datasets import Dataset, dataset, datasets
-from storage.documents import pieces, scan, sources, text_of_record
+from storage.documents import pieces, scan, sources
 from storage.errors import BadName, Exists, NoSpace, NotFound, NotLoadable, TooLarge
 from storage.runs import Workspace
 from storage.tokenizer import char_tokenizer, train_bpe
@@ -71,9 +71,9 @@ def texts_of(splits) -> tuple[str, str]:
 def read(folder: Path, **limits: int) -> list[str]:
     """Return the documents of a folder, their pieces joined."""
     found = [""]
-    for text, ends in pieces(folder, sources(folder)):
-        found[-1] += text
-        if ends:
+    for piece in pieces(folder, sources(folder)):
+        found[-1] += piece.text
+        if piece.ends:
             found.append("")
     assert found.pop() == ""
     return found
@@ -126,7 +126,7 @@ def test_the_tokens_of_the_pieces_are_the_tokens_of_the_whole(tmp_path, text, si
     (tmp_path / "a.txt").write_bytes(text.encode())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(documents, "READ_BYTES", size)
-        found = [piece for piece, _ in pieces(tmp_path, sources(tmp_path))]
+        found = [piece.text for piece in pieces(tmp_path, sources(tmp_path))]
     whole = text.removeprefix("\ufeff").replace("\r\n", "\n")
     assert "".join(found) == whole
     assert [i for piece in found for i in BPE.encode(piece)] == BPE.encode(whole)
@@ -136,24 +136,9 @@ def test_a_text_without_any_space_is_read_in_bounded_pieces(tmp_path, monkeypatc
     monkeypatch.setattr(documents, "READ_BYTES", 100)
     monkeypatch.setattr(documents, "MAX_PIECE", 300)
     (tmp_path / "a.txt").write_text("x" * 5000)
-    found = [piece for piece, _ in pieces(tmp_path, sources(tmp_path))]
+    found = [piece.text for piece in pieces(tmp_path, sources(tmp_path))]
     assert "".join(found) == "x" * 5000
     assert max(map(len, found)) <= 400
-
-
-@pytest.mark.parametrize(
-    ("record", "text"),
-    [
-        ({"text": "a", "url": 1}, "a"),
-        ({"prompt": "a ", "completion": "b"}, "a b"),
-        (
-            {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]},
-            "user: hi\nassistant: ho\n",
-        ),
-    ],
-)
-def test_three_forms_of_records_are_text(record, text):
-    assert text_of_record(record) == text
 
 
 @pytest.mark.parametrize(
@@ -164,8 +149,8 @@ def test_three_forms_of_records_are_text(record, text):
         (b"{}", "none of"),
         (b'{"text": 1}', "none of"),
         (b'{"prompt": "a"}', "none of"),
-        (b'{"messages": []}', "none of"),
-        (b'{"messages": [{"role": "user"}]}', "role and a content"),
+        (b'{"messages": []}', "at least 1 message"),
+        (b'{"messages": [{"role": "user"}]}', r"messages\[0\].content is missing"),
         (b'{"text": "\xff"}', "not UTF-8 text at byte 26"),
         (b"[" * 100_000, "nested too deeply"),
         (b'{"text": ' + b"1" * 5000 + b"}", "cannot be used"),

@@ -11,7 +11,7 @@ from fakes import FakeServer
 
 from storage import user_files
 
-GOOD = b'{"prompt": "a", "completion": "b"}\n{"messages": [{"role": "user", "content": "hi"}]}\n{"text": "c"}\n'
+GOOD = b'{"prompt": "a", "completion": "b"}\n\n{"prompt": "", "completion": "c"}\n{"prompt": "d", "completion": ""}\n'
 
 
 @pytest.fixture
@@ -55,7 +55,12 @@ def test_the_fields_of_the_form_may_come_in_any_order(server):
         (b'{"text": "a"}\nnot json\n', "a.jsonl", "line 2: it is not JSON"),
         (b'{"text": "a"}\n\n{"prompt": "x"}\n', "a.jsonl", 'line 3: it has none of "text"'),
         (b'{"text": "a"}\n{"text": "\xff"}\n', "a.jsonl", "line 2: it is not UTF-8"),
-        (b'{"messages": [{"role": "user"}]}\n', "a.jsonl", "line 1: a message needs"),
+        (b'{"messages": [{"role": "user"}]}\n', "a.jsonl", "line 1: messages[0].content is missing"),
+        (
+            GOOD + b'{"text": "a"}\n',
+            "a.jsonl",
+            "line 5: it has the format text and the lines before it prompt_completion",
+        ),
         (b"[1]\n", "a.jsonl", "line 1: it is not a JSON object"),
         (b"[" * 100_000, "a.jsonl", "line 1: it is n"),
         (b"x\n" * 9, "a.jsonl", "and 4 more lines"),

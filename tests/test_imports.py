@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "model": set(),
     "api_client": {"client"},
     "client": {"client"},
-    "learning": {"learning", "model", "training"},
+    "learning": {"learning", "model", "training", "storage"},
     "train": {"learning", "model", "storage", "training"},
     "dry_run": {"learning", "train", "storage", "training"},
 }

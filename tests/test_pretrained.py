@@ -8,6 +8,7 @@ import torch
 
 from model import GPT, GPTConfig
 from storage import pretrained
+from storage.chat_format import end_of_turn, parse_messages, render, with_chat_tokens
 from storage.checkpoints import load_model
 from storage.errors import NotLoadable
 from storage.pretrained import export, load_folder
@@ -85,6 +86,19 @@ def test_transformers_loads_characters_too(tmp_path):
     text = "to be , n't that\n  é"
     assert theirs(text)["input_ids"] == characters.encode(text) and theirs.decode(theirs(text)["input_ids"]) == text
     assert json.loads((tmp_path / "m" / "config.json").read_text())["eos_token_id"] is None
+
+
+def test_transformers_renders_conversations_as_we_do_and_stops_at_the_end_of_a_turn(tmp_path, tokenizer):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    chat = with_chat_tokens(tokenizer)
+    export(GPT(GPTConfig(**{**SMALL.model_args(), "vocab_size": chat.n_vocab})), chat, tmp_path / "m")
+    theirs, messages = AutoTokenizer.from_pretrained(tmp_path / "m"), [{"role": "user", "content": "to be"}]
+    ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert ids == render(chat, parse_messages(messages))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert theirs.eos_token_id == model.generation_config.eos_token_id == end_of_turn(chat)
+    assert load_folder(tmp_path / "m")[1].fingerprint == chat.fingerprint
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -46,8 +46,8 @@ def sizes(dataset: Dataset) -> Sizes:
         return Sizes(total * 9 // 10, total // 10)
     counts = [0, 0]
     found, val_from = scan(pieces(dataset.folder, files)), validation_start(dataset.folder, files)
-    for side, text, _ in split(pieces(dataset.folder, files), found, val_from):
-        counts[side] += len(text.encode())
+    for side, piece in split(pieces(dataset.folder, files), found, val_from):
+        counts[side] += len(piece.text.encode())
     return Sizes(*counts)
 
 

@@ -27,7 +27,11 @@ class WindowOrder:
         random = np.random.default_rng((self.seed, self.epoch))
         self.offset = int(random.integers(min(self.length, self.tokens - self.length)))
         windows = (self.tokens - 1 - self.offset) // self.length
-        self.order = random.permutation(np.arange(windows, dtype=np.uint32))
+        self.order: npt.NDArray[Any] = random.permutation(np.arange(windows, dtype=np.uint32))
+
+    def _starts(self, taken: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+        """Return where windows of the order begin."""
+        return self.offset + taken.astype(np.int64) * self.length
 
     def next(self, n: int) -> npt.NDArray[np.int64]:
         """Return the starts of the next `n` windows, running into the next epoch where one ends."""
@@ -36,8 +40,8 @@ class WindowOrder:
             if self.position == len(self.order):
                 self.epoch, self.position = self.epoch + 1, 0
                 self._shuffle()
-            taken = self.order[self.position : self.position + n].astype(np.int64)
-            parts.append(self.offset + taken * self.length)
+            taken = self.order[self.position : self.position + n]
+            parts.append(self._starts(taken))
             self.position += len(taken)
             n -= len(taken)
         return np.concatenate(parts)

@@ -1,0 +1,62 @@
+"""What a run starts with: its model, its tokenizer, and the saved state if it goes on from a checkpoint.
+
+From scratch the tokenizer decides the vocabulary's size. Fine-tuning takes weights and tokenizer of a trained model,
+and adds what the data needs: the tokens of the chat format for chats. Which model that is, is in
+training/starting_point.py.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from learning.vocabulary import rows_for, with_rows
+from model import GPT, GPTConfig
+from storage import checkpoints, tokenizer
+from storage.datasets import dataset
+from storage.runs import Run, Workspace
+from storage.tokenizer import Tokenizer
+from storage.tokenizer_choice import fitting, tokenizer_for
+from training.config import TrainConfig
+from training.progress import PreparationLine
+from training.resumption import require_resumable
+from training.starting_point import reference, require_memory, shorter_context
+
+
+def start(config: TrainConfig, workspace: Workspace, run: Run, first: bool) -> tuple[GPT, Tokenizer, dict[str, Any]]:
+    """Return model and tokenizer, and the saved state if this resumes a run, else {}.
+
+    The tokenizer goes into the run's folder, so that the run can be served without its dataset.
+    """
+    weights: dict[str, torch.Tensor] | None = None
+    state: dict[str, Any] = {}
+    data = dataset(workspace, config.dataset)
+    if config.init_from == "resume":
+        path = checkpoints.newest_valid(run, print)
+        print(f"resuming from {run.relative}/{path.name}")
+        state = checkpoints.load_training_state(path)
+        require_resumable(state, path.name)
+        shape = GPTConfig(**state["model_args"], activation=state["activation"], tied=state["tied"])
+        weights = state.pop("model")
+    elif config.init_from == "scratch":
+        if first:
+            tokenizer_for(config.tokenizer, data, workspace, PreparationLine()).save(run.tokenizer)
+        text, sizes = tokenizer.load(run.tokenizer), ("n_layer", "n_head", "n_embd", "block_size", "bias", "dropout")
+        vocab_size = rows_for(text)
+        shape = GPTConfig(vocab_size=vocab_size, **{name: getattr(config, name) for name in sizes})
+        require_memory(shape.n_layer, shape.n_embd, shape.block_size, vocab_size)
+    else:
+        loaded = checkpoints.load_model(reference(config, workspace), workspace, print)
+        if first:
+            fitting(loaded.tokenizer, data, PreparationLine()).save(run.tokenizer)
+        weights, shape, n_vocab = loaded.model.state_dict(), loaded.model.config, tokenizer.load(run.tokenizer).n_vocab
+        shape = replace(shape, block_size=shorter_context(config, shape.block_size), dropout=config.dropout or 0.0)
+        if n_vocab > loaded.tokenizer.n_vocab:
+            weights = with_rows(weights, loaded.tokenizer.n_vocab, n_vocab)
+            shape = replace(shape, vocab_size=max(shape.vocab_size, n_vocab))
+        weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: shape.block_size]
+    torch.manual_seed(config.seed)
+    model = GPT(shape)
+    if weights is not None:
+        model.load_state_dict(weights)
+    return model, tokenizer.load(run.tokenizer), state

@@ -1,0 +1,70 @@
+"""Examples: training on text of which only a part is learned, as its mask says (storage/token_files.py).
+
+Windows then begin where documents begin, so that a model sees a conversation as it will be asked: from its start.
+A document that a window cuts begins the next one; what is longer than a window goes on in it. Windows without a
+token to learn are left out. Without a mask there are only windows.py's windows, and each token counts the same.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from storage.token_files import BEGINS, LEARNED
+from training.windows import Tokens, WindowOrder, gather
+
+Mask = npt.NDArray[Any]  # uint8, usually a np.memmap
+Part = tuple[Tokens, Mask | None]  # a split
+
+
+class ExampleOrder(WindowOrder):
+    """Endless starts of windows with something to learn; each epoch cuts from another document on."""
+
+    def __init__(self, mask: Mask, length: int, seed: int):
+        self.mask = mask
+        self.begins = np.union1d([0], np.flatnonzero(mask & BEGINS))
+        super().__init__(len(mask), length, seed)
+
+    def _after(self, start: int) -> int:
+        """Return where the window after the one at `start` begins."""
+        last_target = start + self.length
+        cut = int(self.begins[np.searchsorted(self.begins, last_target + 1, "right") - 1])
+        return cut if cut > start else last_target
+
+    def _cut(self, start: int, end: int) -> list[int]:
+        """Return the starts of the windows with something to learn that begin in [start, end)."""
+        found, last = [], self.tokens - self.length - 1
+        while start < end:
+            start = min(start, last)
+            if (self.mask[start + 1 : start + 1 + self.length] & LEARNED).any():
+                found.append(start)
+            if start == last:
+                break
+            start = self._after(start)
+        return found
+
+    def _shuffle(self) -> None:
+        random = np.random.default_rng((self.seed, self.epoch))
+        first = int(random.choice(self.begins))
+        starts = self._cut(first, self.tokens) + self._cut(0, first)
+        if not starts:
+            raise ValueError(f"no window of {self.length} has a token to learn")
+        self.order = random.permutation(np.array(starts, dtype=np.int64))
+
+    def _starts(self, taken: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+        return taken
+
+
+def order_of(tokens: Tokens, mask: Mask | None, length: int, seed: int) -> WindowOrder:
+    """Return the order of a split's windows. Raises ValueError if there is none."""
+    return WindowOrder(len(tokens), length, seed) if mask is None else ExampleOrder(mask, length, seed)
+
+
+def learned(mask: Mask, starts: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.bool_]:
+    """Return which targets (len(starts), length) of the windows are learned."""
+    return np.asarray(gather(mask, starts, length)[:, 1:] & LEARNED > 0)
+
+
+def weight(mask: Mask | None, starts: npt.NDArray[np.int64], length: int) -> int:
+    """Return how much the windows count in a mean over several batches: their learned targets, or their number."""
+    return len(starts) if mask is None else int(learned(mask, starts, length).sum())
