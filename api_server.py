@@ -46,7 +46,7 @@ from web.errors import Refused
 from web.json_replies import JsonReplies
 from web.loading import ModelLoader, check_allowed, first_choice
 from web.metrics import Metrics
-from web.settings import SETTINGS, Settings, SettingsError, read
+from web.settings import MIB, SETTINGS, Settings, SettingsError, read
 from web.strict_json import StrictRequest, close_if_unread
 from web.watchdog import Watchdog
 
@@ -176,6 +176,7 @@ def build(settings: Settings, workspace: Workspace) -> tuple[Flask, ServerProces
         dtype=settings.dtype,
         slots=settings.slots,
         threads=settings.threads,
+        cache_memory=None if settings.cache_memory is None else settings.cache_memory * MIB,
         max_waiting=settings.max_waiting,
         max_waiting_tokens=settings.max_waiting_tokens,
         prefill_tokens=settings.prefill_tokens,

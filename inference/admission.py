@@ -82,11 +82,6 @@ class Admission:
                 position = sum(s.state == "waiting" for s in earlier)
             return _describe(sequence, position)
 
-    def cached(self) -> int:
-        """Return how many tokens of running requests have been computed, and so are in the cache."""
-        with self._changed:
-            return sum(s.computed for s in self._active.values() if s.state == "running")
-
     def wait_empty(self, timeout: float) -> bool:
         """Wait until no request is here; say whether that came within `timeout` seconds."""
         with self._changed:

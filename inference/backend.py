@@ -60,11 +60,13 @@ class InferenceBackend(Protocol):
         params: SamplingParams,
         request_id: str | None = None,
         owner: str = "",
+        cache_scope: str = "",
     ) -> Generation:
         """Queue a request on `model`. Raises PromptTooLong, QueueFull, NoModel, EngineDown or ValueError at once.
 
         `request_id` names it for `request()`; one that is still at work here is a ValueError. Owners who wait
-        at the same time get the same number of slots.
+        at the same time get the same number of slots. Requests of one `cache_scope` may skip what an earlier
+        one has computed of their prompt; those of others never notice.
         """
         ...
 

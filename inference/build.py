@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from inference.native.machine import cpu_flags
-from inference.torch_runner import TorchRunner
+from inference.torch_runner import DTYPES, TorchRunner
 from model import GPT, GPTConfig
 
 if TYPE_CHECKING:
@@ -26,13 +26,18 @@ class RunnerOptions:
     dtype: str = "auto"
     slots: int = 16
     threads: int | None = None  # None: as many as torch takes
+    cache_memory: int | None = None  # most bytes of keys and values; None: all slots may be full
 
     def __post_init__(self) -> None:
         if self.device not in DEVICES:
             raise ValueError(f"device is {self.device!r}; it must be one of {', '.join(DEVICES)}")
         if self.dtype not in PRECISIONS:
             raise ValueError(f"dtype is {self.dtype!r}; it must be one of {', '.join(PRECISIONS)}")
-        for name, value in (("slots", self.slots), ("threads", self.threads)):
+        for name, value in (
+            ("slots", self.slots),
+            ("threads", self.threads),
+            ("cache_memory", self.cache_memory),
+        ):
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
 
@@ -116,7 +121,11 @@ def build_runner(model: GPT, options: RunnerOptions) -> tuple["ModelRunner", str
     """Return the runner that `choose` names, and why it was chosen. It takes the model over. Raises ValueError."""
     choice = choose(model.config, options)
     if choice.runner == "torch":
-        return TorchRunner(model, options.slots, choice.device, choice.dtype), choice.reason
+        slots = options.slots
+        if options.cache_memory is not None and choice.device != "cpu":  # all of it is taken at once there
+            one = 2 * model.config.n_layer * model.config.n_embd * DTYPES[choice.dtype].itemsize
+            slots = max(1, min(slots, options.cache_memory // (one * model.config.block_size)))
+        return TorchRunner(model, slots, choice.device, choice.dtype), choice.reason
     from inference.native_runner import NativeRunner
 
     return NativeRunner(model, options.slots, choice.dtype, options.threads), choice.reason

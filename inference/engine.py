@@ -22,7 +22,7 @@ from inference import sequence as seq
 from inference.admission import Admission
 from inference.backend import Footprint, ServedModel
 from inference.build import RunnerOptions, build_runner
-from inference.lane import Lane
+from inference.lane import NO_CACHE, Lane
 from inference.loading import ModelSource
 from inference.pool import ModelPool
 from inference.sequence import Generation, SamplingParams
@@ -76,6 +76,7 @@ class Engine:
         dtype: str = "auto",
         slots: int = 16,
         threads: int | None = None,
+        cache_memory: int | None = None,
         max_waiting: int = 256,
         max_waiting_tokens: int = 256 * 1024,
         prefill_tokens: int = 2048,
@@ -84,7 +85,7 @@ class Engine:
         loader: "Loader" = load_model,
         build: "Builder" = build_runner,
     ):
-        self._options = RunnerOptions(device, dtype, slots, threads)
+        self._options = RunnerOptions(device, dtype, slots, threads, cache_memory)
         self._prefill_tokens, self._request_timeout = prefill_tokens, request_timeout
         self._admission = Admission(max_waiting, max_waiting_tokens)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -123,9 +124,11 @@ class Engine:
         params: SamplingParams,
         request_id: str | None = None,
         owner: str = "",
+        cache_scope: str = "",
     ) -> Generation:
         """Queue a request; see `InferenceBackend.submit`."""
-        return self._enter(model, self._sequence(model, list(prompt_ids), params), request_id, owner)
+        sequence = self._sequence(model, list(prompt_ids), params)
+        return self._enter(model, sequence, request_id, owner, cache_scope)
 
     def embed(
         self, model: ServedModel, prompt_ids: Sequence[int], request_id: str | None = None, owner: str = ""
@@ -136,8 +139,10 @@ class Engine:
         sequence.embeds = True
         return self._enter(model, sequence, request_id, owner)
 
-    def _enter(self, model: ServedModel, sequence: seq.Sequence, request_id: str | None, owner: str) -> Generation:
-        sequence.owner = owner
+    def _enter(
+        self, model: ServedModel, sequence: seq.Sequence, request_id: str | None, owner: str, cache_scope: str = ""
+    ) -> Generation:
+        sequence.owner, sequence.cache_scope = owner, cache_scope
         if request_id is not None:
             sequence.id = request_id
         with self._pool.lock:  # a lane leaves the pool only with the inbox empty
@@ -192,7 +197,7 @@ class Engine:
         self._pool.forget(name)
 
     def _new_lane(self, served: ServedModel, runner: "ModelRunner") -> Lane:
-        return Lane(served, runner, self._admission, self._prefill_tokens)
+        return Lane(served, runner, self._admission, self._prefill_tokens, self._options.cache_memory)
 
     def _wake(self) -> None:
         self._inbox.put(lambda: None)
@@ -209,8 +214,6 @@ class Engine:
             "max_waiting_tokens": admission.max_waiting_tokens,
             "finished": admission.finished,
             "slots": self._options.slots if lane is None else lane.runner.slots,
-            "cache_tokens": admission.cached(),  # of running requests: those whose keys and values are kept
-            "cache_capacity": 0 if lane is None else lane.runner.slots * lane.runner.block_size,
             "tokens_per_second": round(self._rate.per_second(), 2),
             "steps": self._steps,
             "tokens": self._tokens,
@@ -218,6 +221,7 @@ class Engine:
             "memory_bytes": sum(lane.served.memory_bytes for lane in lanes),
             "loading": self._pool.loading,
             "heartbeat_age": self.heartbeat_age(),
+            **(NO_CACHE if lane is None else lane.cache()),
         }
 
     def heartbeat_age(self) -> float:

@@ -21,14 +21,16 @@ if TYPE_CHECKING:
 BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 
 
-def memory_bytes(config: GPTConfig, runner: str, device: str, dtype: str, slots: int) -> int:
-    """Return the bytes of weights and cache."""
+def memory_bytes(
+    config: GPTConfig, runner: str, device: str, dtype: str, slots: int, cache_memory: int | None = None
+) -> int:
+    """Return the bytes of weights and cache, of which there are at most `cache_memory`."""
     args = asdict(config)
     if runner == "torch" and device == "cpu":
         args["tied"] = False  # the packed head is a copy
     weights = count_parameters(args) * BYTES[dtype]
     cache = 2 * config.n_layer * slots * config.block_size * config.n_embd * (4 if dtype == "fp32" else 2)
-    return weights + cache
+    return weights + (cache if cache_memory is None else min(cache, cache_memory))
 
 
 def measure(reference: "ModelReference", workspace: "Workspace", options: RunnerOptions) -> Footprint:
@@ -41,5 +43,5 @@ def measure(reference: "ModelReference", workspace: "Workspace", options: Runner
     inspection = inspect(reference)
     config = GPTConfig(**inspection.model_args)
     choice = choose(config, options)
-    memory = memory_bytes(config, choice.runner, choice.device, choice.dtype, options.slots)
+    memory = memory_bytes(config, choice.runner, choice.device, choice.dtype, options.slots, options.cache_memory)
     return Footprint(inspection.parameters, config.block_size, inspection.nbytes, memory)

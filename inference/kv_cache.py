@@ -107,7 +107,10 @@ class KVCache:
         """Reserve (L, S, nh, P, hs) twice; on CPU the system gives memory only as positions are used."""
         self.dtype = torch.float32 if device.type == "cpu" else dtype
         self.device = device
-        self.keys, self.values = (_lazy_zeros(shape, device, self.dtype) for _ in range(2))
+        self.keys, key_pages = _lazy_zeros(shape, device, self.dtype)
+        self.values, value_pages = _lazy_zeros(shape, device, self.dtype)
+        self._pages = [(c, p) for c, p in ((self.keys, key_pages), (self.values, value_pages)) if p is not None]
+        self.position_bytes = 2 * shape[0] * shape[2] * shape[4] * self.dtype.itemsize
         self._written = [0] * shape[1]  # positions of each slot that hold anything
         self._slots = self._positions = torch.empty(0, dtype=torch.long)
         self._together: Together | None = None
@@ -142,6 +145,14 @@ class KVCache:
         self._forget(target, length)
         self._written[target] = length
 
+    def release(self, slot: int) -> None:
+        """Forget a slot; on CPU its pages go back to the system."""
+        self._forget(slot, 0)  # also what shares a page with another slot
+        self._written[slot] = 0
+        for cache, pages in self._pages:
+            for layer in cache[:, slot]:  # each lies in one piece
+                _give_back(layer, pages)
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store k and v, and return the attention of q; all are (1, nh, N, hs)."""
         keys, values = self.keys[layer], self.values[layer]  # (S, nh, P, hs)
@@ -163,9 +174,17 @@ class KVCache:
         return y.transpose(1, 2)
 
 
-def _lazy_zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+def _lazy_zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, mmap.mmap | None]:
     """Return zeros whose pages, on CPU, take no memory before they are written: mapped, where torch would fill them."""
     if device.type != "cpu":
-        return torch.zeros(shape, device=device, dtype=dtype)
-    size = math.prod(shape) * dtype.itemsize
-    return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(shape)
+        return torch.zeros(shape, device=device, dtype=dtype), None
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    return torch.frombuffer(pages, dtype=dtype).view(shape), pages
+
+
+def _give_back(part: Tensor, pages: mmap.mmap) -> None:
+    """Return the whole pages of a contiguous part of a mapped tensor to the system; they read as zeros."""
+    first = part.storage_offset() * part.itemsize
+    start, end = -(-first // mmap.PAGESIZE), (first + part.numel() * part.itemsize) // mmap.PAGESIZE
+    if start < end and hasattr(mmap, "MADV_REMOVE"):  # the mapping is shared, which MADV_DONTNEED would not free
+        pages.madvise(mmap.MADV_REMOVE, start * mmap.PAGESIZE, (end - start) * mmap.PAGESIZE)

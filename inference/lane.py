@@ -17,6 +17,7 @@ from inference.backend import ServedModel
 from inference.sampling import sample, score
 from inference.scheduler import Scheduler, Share, Step
 from inference.sequence import Failure, Finished, FinishReason, Sequence, Token
+from inference.slots import Slots, whole_blocks
 
 if TYPE_CHECKING:
     from inference.runner import ModelRunner
@@ -24,12 +25,26 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class Lane:
-    """Run the sequences of one model."""
+NO_CACHE = dict.fromkeys(("cache_tokens", "cache_kept", "cache_capacity", "cache_bytes", "cache_saved"), 0)
 
-    def __init__(self, served: ServedModel, runner: "ModelRunner", admission: Admission, prefill_tokens: int):
+
+class Lane:
+    """Run the sequences of one model. `cache_memory` is the most bytes of keys and values; None: of full slots."""
+
+    def __init__(
+        self,
+        served: ServedModel,
+        runner: "ModelRunner",
+        admission: Admission,
+        prefill_tokens: int,
+        cache_memory: int | None = None,
+    ):
         self.served, self.runner, self.admission = served, runner, admission
-        self.scheduler = Scheduler(runner.slots, prefill_tokens)
+        positions = runner.slots * whole_blocks(runner.block_size)
+        if cache_memory is not None:
+            positions = min(positions, cache_memory // runner.position_bytes)
+        self.slots = Slots(runner.slots, positions, runner.copy, runner.release)
+        self.scheduler = Scheduler(self.slots, prefill_tokens)
         self.vocab_size = min(served.vocab_size, served.tokenizer.n_vocab)  # ids above are padding: no text
         self.retired = False  # a newer model serves; this one ends what it has
 
@@ -175,7 +190,7 @@ class Lane:
 
     def finish(self, sequence: Sequence, reason: FinishReason, error: Failure | None = None) -> None:
         """End a sequence: free its slot, note its figures, put its last event."""
-        self.scheduler.remove(sequence)
+        self.scheduler.remove(sequence, keep=reason is not FinishReason.ERROR)
         sequence.finish_reason, sequence.finished_at = reason, time.monotonic()
         self.admission.ended(sequence)
         sequence.events.put(Finished(reason, error))
@@ -184,6 +199,17 @@ class Lane:
         """End every sequence with an error."""
         for sequence in [*self.scheduler.waiting, *self.scheduler.running]:
             self.finish(sequence, FinishReason.ERROR, error)
+
+    def cache(self) -> dict[str, int]:
+        """Return how many tokens the cache holds and may hold, and how many it has saved; any thread may ask."""
+        slots = self.slots
+        return {
+            "cache_tokens": slots.held,  # reserved for running requests, or kept
+            "cache_kept": slots.kept,  # of ended requests, for those that begin alike
+            "cache_capacity": slots.positions,
+            "cache_bytes": slots.held * self.runner.position_bytes,
+            "cache_saved": slots.saved,
+        }
 
     def close(self) -> None:
         """Give the model's memory back to the system; nothing here is in a cycle that would need gc."""

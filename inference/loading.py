@@ -5,6 +5,7 @@ requests, nor of what is served now: a failed load leaves nothing behind.
 """
 
 import logging
+import math
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 from inference.backend import Footprint, ServedModel
 from inference.build import RunnerOptions, fingerprint, finite
 from inference.footprint import measure, memory_bytes
+from inference.slots import whole_blocks
 from storage.errors import NotLoadable
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     Builder = Callable[[GPT, RunnerOptions], tuple[ModelRunner, str]]
 
 logger = logging.getLogger(__name__)
+
+MIB = 2**20
 
 
 class ModelSource:
@@ -63,7 +67,9 @@ class ModelSource:
             vocab_size=runner.vocab_size,
             n_embd=config.n_embd,
             parameters=parameters,
-            memory_bytes=memory_bytes(config, runner.name, runner.device, runner.dtype, runner.slots),
+            memory_bytes=memory_bytes(
+                config, runner.name, runner.device, runner.dtype, runner.slots, options.cache_memory
+            ),
             runner=runner.name,
             runner_reason=reason,
             device=runner.device,
@@ -73,9 +79,19 @@ class ModelSource:
             load_seconds=time.monotonic() - started,
         )
         try:
+            self._check_cache(reference, runner)
             runner.rows([0], [0], [0], [0])  # what cannot compute one row must not replace what can
         except BaseException:
             runner.close()
             raise
         logger.info("loaded %s (%s, %s, %s)", served.id, served.runner, served.device, served.dtype)
         return served, runner
+
+    def _check_cache(self, reference: "ModelReference", runner: "ModelRunner") -> None:
+        """Raise ValueError unless the memory for keys and values has room for a sequence of full length."""
+        given, need = self._options.cache_memory, whole_blocks(runner.block_size) * runner.position_bytes
+        if given is not None and given < need:
+            raise ValueError(
+                f"cache_memory is {given / MIB:,.1f} MiB; {reference.label} needs {math.ceil(need / MIB):,} MiB "
+                f"for one sequence of {runner.block_size} tokens in {runner.dtype}"
+            )

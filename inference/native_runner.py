@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from inference.native.build import CannotBuild, library
 from inference.native.machine import available_cores
-from inference.runner import check_copy
+from inference.runner import check_copy, check_slot
 from model import GPT, GPTConfig
 
 VERSION = 2  # as in step.cpp
@@ -84,13 +84,19 @@ class _Arena:
         memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared has no huge pages
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
-        self._bytes, self._used = torch.frombuffer(memory, dtype=torch.uint8), 0
+        self._bytes, self._used, self._memory = torch.frombuffer(memory, dtype=torch.uint8), 0, memory
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Return the next tensor, all zero, beginning at a multiple of 64 bytes."""
         nbytes = torch.Size(shape).numel() * dtype.itemsize
         start, self._used = self._used, self._used + _up_to(nbytes, 64)
         return self._bytes[start : start + nbytes].view(dtype).view(shape)
+
+    def release(self, start: int, end: int) -> None:
+        """Give whole pages between two offsets back; they read as zeros."""
+        start, end = _up_to(start, mmap.PAGESIZE), end // mmap.PAGESIZE * mmap.PAGESIZE
+        if start < end and hasattr(mmap, "MADV_DONTNEED"):
+            self._memory.madvise(mmap.MADV_DONTNEED, start, end - start)
 
 
 class _Packer:
@@ -177,8 +183,10 @@ class NativeRunner:
         _pack(model, packer, native)
         span, element = _up_to(config.block_size, CACHE_BLOCK), 4 if dtype == "fp32" else 2
         self._block_bytes = 2 * config.n_layer * config.n_embd * CACHE_BLOCK * element
+        self.position_bytes = self._block_bytes // CACHE_BLOCK
         self._slot_bytes = span // CACHE_BLOCK * self._block_bytes
         cache = _Arena(slots * self._slot_bytes, huge=True)
+        self._arena: _Arena | None = cache
         native.cache = self._cache = cache.take((1,), torch.uint8).data_ptr()
         self.packed_bytes = packer.nbytes
         self._width = native.head.rows  # of a row of logits, with padding
@@ -262,9 +270,16 @@ class NativeRunner:
         to, at = (self._cache + slot * self._slot_bytes for slot in (target, source))
         ctypes.memmove(to, at, _up_to(length, CACHE_BLOCK) // CACHE_BLOCK * self._block_bytes)
 
+    def release(self, slot: int) -> None:
+        """Give a slot's memory back to the system (see ModelRunner.release)."""
+        if self._arena is None:
+            raise ValueError("the runner is closed")
+        check_slot(self, slot)
+        self._arena.release(slot * self._slot_bytes, (slot + 1) * self._slot_bytes)
+
     def close(self) -> None:
         """Give back weights, cache and threads. Logits returned before stay valid."""
-        self._step = None
+        self._step = self._arena = None
         self._close()
 
 

@@ -20,6 +20,7 @@ class ModelRunner(Protocol):
     slots: int  # rows of the KV cache: the most sequences that can run at once
     block_size: int  # the longest sequence, in tokens
     vocab_size: int
+    position_bytes: int  # of the keys and values of one position
 
     def rows(
         self, tokens: Sequence[int], slots: Sequence[int], positions: Sequence[int], want: Sequence[int]
@@ -50,9 +51,22 @@ class ModelRunner(Protocol):
         """
         ...
 
+    def release(self, slot: int) -> None:
+        """Forget what a slot holds, and give its memory back where the device can.
+
+        Raises ValueError for a slot out of bounds.
+        """
+        ...
+
     def close(self) -> None:
         """Give back weights and cache."""
         ...
+
+
+def check_slot(runner: ModelRunner, slot: int) -> None:
+    """Raise ValueError unless the slot exists."""
+    if not 0 <= slot < runner.slots:
+        raise ValueError(f"slot is {slot}; it must be 0 to {runner.slots - 1}")
 
 
 def check_copy(runner: ModelRunner, source: int, target: int, length: int) -> None:

@@ -1,15 +1,15 @@
-"""Who computes what in the next step: waiting and running sequences, slots, and the rows they want.
+"""Who computes what in the next step: waiting and running sequences, and the rows they want.
 
 A sequence waits, then runs in a slot until it is removed. A step carries one token of every
 sequence that decodes and a bounded number of prompt tokens of those in prefill, so that a long
 prompt does not stall running streams. Pure Python, no torch; owned by the engine's thread.
 """
 
-import heapq
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from inference.sequence import Sequence
+from inference.slots import Slots
 
 LEAST_PREFILL = 16  # prompt tokens per step at least: fewer cost a step nearly as much
 FIRST_PREFILL = 16  # as long as nothing was measured: a second or two of a large model on a small CPU
@@ -107,11 +107,10 @@ class PrefillBudget:
 class Scheduler:
     """Give slots to waiting sequences, evenly among owners and else in the order they came, and build steps."""
 
-    def __init__(self, slots: int, prefill_tokens: int):
-        self.budget = PrefillBudget(prefill_tokens)
+    def __init__(self, slots: Slots, prefill_tokens: int):
+        self.slots, self.budget = slots, PrefillBudget(prefill_tokens)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in the order they started
-        self._free = list(range(slots))  # a heap: low slots are used first, which keeps the used part compact
 
     @property
     def busy(self) -> bool:
@@ -123,12 +122,11 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def admit(self, now: float) -> list[Sequence]:
-        """Give free slots to waiting sequences and return those that now run."""
+        """Give slots to waiting sequences as long as there is room, and return those that now run."""
         started = []
-        while self.waiting and self._free:
-            sequence = self._next()
+        while self.waiting and not self.slots.full and self.slots.enter(sequence := self._next()):
             self.waiting.remove(sequence)
-            sequence.slot, sequence.started_at = heapq.heappop(self._free), now
+            sequence.started_at = now
             self.running.append(sequence)
             started.append(sequence)
         return started
@@ -152,7 +150,8 @@ class Scheduler:
             if sequence.embeds:
                 continue
             if sequence.in_prefill:
-                prefill.append((sequence, sequence.slot))
+                if self.slots.ready(sequence):
+                    prefill.append((sequence, sequence.slot))
             else:
                 decode.append((sequence.slot, sequence))
         for slot, sequence in sorted(decode, key=lambda pair: pair[0]):  # runners like neighbouring slots
@@ -177,11 +176,11 @@ class Scheduler:
                 left -= count
         return step if step.shares else None
 
-    def remove(self, sequence: Sequence) -> None:
-        """Take a sequence out, waiting or running, and free its slot."""
-        if sequence.slot is None:
+    def remove(self, sequence: Sequence, keep: bool = True) -> None:
+        """Take a sequence out, waiting or running, and free its slot; `keep` what its cache holds for others."""
+        if sequence.started_at is None:
             self.waiting.remove(sequence)
         else:
             self.running.remove(sequence)
-            heapq.heappush(self._free, sequence.slot)
-            sequence.slot = None
+        if sequence.slot is not None:
+            self.slots.leave(sequence, keep)

@@ -158,6 +158,7 @@ class Sequence:
     id: str = field(default_factory=lambda: "req-" + uuid.uuid4().hex)
     embeds: bool = False  # it wants the mean of its prompt's final hidden states, and no tokens
     owner: str = ""  # who asks: slots are shared out evenly among owners who wait for them
+    cache_scope: str = ""  # sequences of one scope may use what others have computed
     deadline: float | None = None  # time.monotonic() after which it ends with an error
     cancelled: bool = False
     events: "queue.SimpleQueue[Event]" = field(default_factory=queue.SimpleQueue)
@@ -166,7 +167,7 @@ class Sequence:
     output_ids: list[int] = field(default_factory=list)
     prompt_logprobs: list[Token] = field(default_factory=list)  # for prompt_ids[1:], complete before the first Token
     hidden_sum: list[float] = field(default_factory=list)  # of the prompt tokens computed so far
-    cached_tokens: int = 0  # prompt tokens that a cache made it unnecessary to compute
+    cached_tokens: int = 0  # prompt tokens that were in the cache, so that nothing had to be computed
     submitted_at: float = field(default_factory=time.monotonic)  # this and the next three: time.monotonic()
     started_at: float | None = None  # when it got a slot
     first_token_at: float | None = None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from inference.kv_cache import KVCache
-from inference.runner import check_copy
+from inference.runner import check_copy, check_slot
 from model import GPT
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -80,6 +80,7 @@ class TorchRunner:
         self._model: GPT | None = model
         shape = (config.n_layer, slots, config.n_head, config.block_size, config.head_size)
         self._cache: KVCache | None = KVCache(shape, torch.device(device), DTYPES[dtype])
+        self.position_bytes = self._cache.position_bytes
 
     @torch.inference_mode()
     def rows(
@@ -114,6 +115,13 @@ class TorchRunner:
             raise RuntimeError("the runner is closed")
         check_copy(self, source, target, length)
         self._cache.copy(source, target, length)
+
+    def release(self, slot: int) -> None:
+        """Give a slot's memory back; see `ModelRunner.release`."""
+        if self._cache is None:
+            raise RuntimeError("the runner is closed")
+        check_slot(self, slot)
+        self._cache.release(slot)
 
     def close(self) -> None:
         """Give back weights and cache."""

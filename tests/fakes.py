@@ -127,6 +127,7 @@ class FakeEngine:
         params: SamplingParams,
         request_id: str | None = None,
         owner: str = "",
+        cache_scope: str = "",
     ) -> Generation:
         if self.closed:
             raise EngineDown("The server is shutting down.")
@@ -140,8 +141,9 @@ class FakeEngine:
         eot = model.tokenizer.eot
         stop_ids = params.stop_token_ids | (frozenset() if eot is None or params.ignore_eos else frozenset({eot}))
         sequence = Sequence(
-            list(prompt_ids), params, stop_ids, min(room, params.max_new_tokens), request_id or "req-fake", owner
+            list(prompt_ids), params, stop_ids, min(room, params.max_new_tokens), request_id or "req-fake"
         )
+        sequence.owner, sequence.cache_scope = owner, cache_scope
         sequence.started_at = time.monotonic()
         if params.prompt_logprobs:
             sequence.prompt_logprobs = [self._token(i, params) for i in prompt_ids[1:]]
@@ -214,7 +216,8 @@ class FakeEngine:
     def info(self) -> dict[str, Any]:
         live = sum(s.finished_at is None for s in self.sequences)
         figures = {"running": live, "waiting": 0, "waiting_tokens": 0, "slots": 16, "tokens_per_second": 0.0}
-        return figures | {"cache_tokens": 0, "cache_capacity": 1024, "heartbeat_age": self.quiet}
+        figures |= dict.fromkeys(("cache_tokens", "cache_kept", "cache_bytes", "cache_saved"), 0)
+        return figures | {"cache_capacity": 1024, "heartbeat_age": self.quiet}
 
     def heartbeat_age(self) -> float:
         return self.quiet

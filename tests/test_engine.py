@@ -60,6 +60,7 @@ class FakeRunner:
     """Counts: the logits of a row favour its token + 1. Fails, or waits, when told to."""
 
     name, device, dtype, block_size, vocab_size = "fake", "cpu", "fp32", 48, VOCAB
+    position_bytes = 4
 
     def __init__(self, slots: int = 4):
         self.slots, self.steps, self.closed = slots, 0, False
@@ -79,6 +80,10 @@ class FakeRunner:
         for row, i in enumerate(want):
             logits[row, (tokens[i] + 1) % VOCAB] = 9.0
         return logits
+
+    def copy(self, source: int, target: int, length: int) -> None: ...
+
+    def release(self, slot: int) -> None: ...
 
     def close(self) -> None:
         self.closed = True

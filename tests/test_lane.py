@@ -18,6 +18,7 @@ class TimedRunner:
     """A model whose steps take the time that a small CPU needs."""
 
     name, device, dtype, slots, block_size, vocab_size = "timed", "cpu", "fp32", 8, 2048, 16
+    position_bytes = 4
 
     def __init__(self) -> None:
         self.now, self.steps = 0.0, []
@@ -28,6 +29,10 @@ class TimedRunner:
         self.now += seconds
         self.steps.append((len(tokens), seconds))
         return torch.zeros(len(want), self.vocab_size)
+
+    def copy(self, source: int, target: int, length: int) -> None: ...
+
+    def release(self, slot: int) -> None: ...
 
     def close(self) -> None: ...
 
@@ -47,6 +52,7 @@ def lane(runner: TimedRunner) -> Lane:
 def join(lane: Lane, prompt: int, n: int) -> Sequence:
     params = SamplingParams(max_new_tokens=n, temperature=0.0)
     sequence = Sequence([0] * prompt, params, output_limit=n)
+    sequence.cache_scope = sequence.id  # so that each computes its whole prompt
     lane.admission.enter(sequence)
     lane.add(sequence)
     return sequence

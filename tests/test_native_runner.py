@@ -291,6 +291,35 @@ def test_a_copy_out_of_bounds_is_refused(arguments, message):
         runner.copy(0, 1, 1)
 
 
+def test_a_released_slot_can_be_used_again_and_its_neighbours_are_as_they_were():
+    model = model_of(SHAPES["as GPT-2"])
+    runner, ids = NativeRunner(model, slots=3, dtype="bf16", threads=1), ids_for(model.config, 96)
+    for slot in range(3):
+        expected = prefill(runner, ids, slot=slot)
+    runner.release(1)
+    for slot in (0, 2):
+        assert torch.equal(runner.rows(ids[95:], [slot], [95], [0]), expected[95:])
+    assert torch.equal(prefill(runner, ids, slot=1), expected)
+
+
+def test_the_memory_of_a_released_slot_goes_back():
+    config = GPTConfig(n_layer=4, n_head=4, n_embd=256, block_size=4096, vocab_size=64)
+    runner = NativeRunner(model_of(config), slots=2, dtype="fp32", threads=2)
+    runner.rows([1] * 2048, [1] * 2048, list(range(2048)), [])  # 16 MiB
+    before = resident()
+    runner.release(1)
+    assert before - resident() > 12 << 20
+
+
+def test_a_release_out_of_bounds_is_refused():
+    runner = NativeRunner(model_of(SHAPES["odd"]), slots=2, dtype="fp32", threads=1)
+    with pytest.raises(ValueError, match="slot is 2; it must be 0 to 1"):
+        runner.release(2)
+    runner.close()
+    with pytest.raises(ValueError, match="closed"):
+        runner.release(0)
+
+
 def test_logits_stay_valid_after_the_runner_is_closed_and_closing_twice_is_fine():
     runner = NativeRunner(model_of(SHAPES["odd"]), slots=1, dtype="bf16", threads=2)
     logits = runner.rows([1], [0], [0], [0])

@@ -10,10 +10,18 @@ from hypothesis import strategies as st
 
 from inference.scheduler import FIRST_PREFILL, LEAST_PREFILL, LOGPROB_PREFILL, PrefillBudget, Scheduler, Step
 from inference.sequence import SamplingParams, Sequence
+from inference.slots import Slots
 
 
 def sequence(prompt: int = 3, limit: int = 5, **params: bool) -> Sequence:
-    return Sequence(list(range(prompt)), SamplingParams(max_new_tokens=limit, **params), output_limit=limit)
+    made = Sequence(list(range(prompt)), SamplingParams(max_new_tokens=limit, **params), output_limit=limit)
+    made.cache_scope = made.id
+    return made
+
+
+def scheduler_of(slots: int, prefill_tokens: int) -> Scheduler:
+    """Return a scheduler whose sequences find nothing in the cache: each is alone in its scope."""
+    return Scheduler(Slots(slots, slots * 1024, lambda *_: None, lambda *_: None), prefill_tokens)
 
 
 def compute(step: Step) -> None:
@@ -32,7 +40,7 @@ def next_step(scheduler: Scheduler) -> Step:
 
 
 def test_slots_are_given_in_the_order_of_arrival_and_the_lowest_free_one_first() -> None:
-    scheduler = Scheduler(slots=2, prefill_tokens=9)
+    scheduler = scheduler_of(slots=2, prefill_tokens=9)
     a, b, c = (sequence() for _ in range(3))
     for s in (a, b, c):
         scheduler.add(s)
@@ -42,7 +50,7 @@ def test_slots_are_given_in_the_order_of_arrival_and_the_lowest_free_one_first()
 
 
 def test_a_step_carries_prompts_whole_and_wants_their_last_row() -> None:
-    scheduler = Scheduler(slots=2, prefill_tokens=9)
+    scheduler = scheduler_of(slots=2, prefill_tokens=9)
     scheduler.add(sequence(3))
     scheduler.add(sequence(2))
     step = next_step(scheduler)
@@ -51,7 +59,7 @@ def test_a_step_carries_prompts_whole_and_wants_their_last_row() -> None:
 
 
 def test_decoding_sequences_take_part_in_every_step_beside_a_prompt_in_pieces() -> None:
-    scheduler = Scheduler(slots=2, prefill_tokens=4)
+    scheduler = scheduler_of(slots=2, prefill_tokens=4)
     short, long = sequence(2), sequence(10)
     scheduler.add(short)
     compute(next_step(scheduler))
@@ -65,7 +73,7 @@ def test_decoding_sequences_take_part_in_every_step_beside_a_prompt_in_pieces() 
 
 
 def test_decoding_sequences_come_in_the_order_of_their_slots() -> None:
-    scheduler = Scheduler(slots=3, prefill_tokens=100)
+    scheduler = scheduler_of(slots=3, prefill_tokens=100)
     a, b, c, d = (sequence(2, limit=50) for _ in range(4))
     for s in (a, b, c):
         scheduler.add(s)
@@ -77,14 +85,14 @@ def test_decoding_sequences_come_in_the_order_of_their_slots() -> None:
 
 
 def test_the_budget_of_a_step_is_shared_by_prompts_in_their_order() -> None:
-    scheduler = Scheduler(slots=3, prefill_tokens=5)
+    scheduler = scheduler_of(slots=3, prefill_tokens=5)
     for size in (3, 4, 4):
         scheduler.add(sequence(size))
     assert [share.count for share in next_step(scheduler).shares] == [3, 2]
 
 
 def test_prompt_scores_want_every_row_but_the_one_after_the_prompt() -> None:
-    scheduler = Scheduler(slots=2, prefill_tokens=100)
+    scheduler = scheduler_of(slots=2, prefill_tokens=100)
     scheduler.add(sequence(4, limit=0, prompt_logprobs=True))
     scheduler.add(sequence(4, limit=1, prompt_logprobs=True))
     step = next_step(scheduler)
@@ -93,7 +101,7 @@ def test_prompt_scores_want_every_row_but_the_one_after_the_prompt() -> None:
 
 
 def test_prompt_scores_come_in_small_pieces_since_each_row_has_a_vocabulary_of_logits() -> None:
-    scheduler = Scheduler(slots=1, prefill_tokens=1000)
+    scheduler = scheduler_of(slots=1, prefill_tokens=1000)
     scheduler.budget.observe(0, 1000, 0.001)
     scheduler.add(sequence(300, prompt_logprobs=True))
     step = next_step(scheduler)
@@ -101,7 +109,7 @@ def test_prompt_scores_come_in_small_pieces_since_each_row_has_a_vocabulary_of_l
 
 
 def test_a_waiting_sequence_can_be_removed() -> None:
-    scheduler = Scheduler(slots=1, prefill_tokens=9)
+    scheduler = scheduler_of(slots=1, prefill_tokens=9)
     a, b = sequence(), sequence()
     scheduler.add(a)
     scheduler.add(b)
@@ -113,7 +121,7 @@ def test_a_waiting_sequence_can_be_removed() -> None:
 
 def test_removing_a_stranger_is_an_error() -> None:
     with pytest.raises(ValueError):
-        Scheduler(slots=1, prefill_tokens=9).remove(sequence())
+        scheduler_of(slots=1, prefill_tokens=9).remove(sequence())
 
 
 def test_the_budget_makes_a_mixed_step_last_about_two_decode_steps() -> None:
@@ -144,7 +152,7 @@ def test_the_budget_has_a_floor_and_half_a_second_as_its_ceiling() -> None:
 def test_any_schedule_computes_every_position_once_and_in_order(
     sizes: list[tuple[int, int, int]], slots: int, prefill: int
 ) -> None:
-    scheduler = Scheduler(slots, prefill)
+    scheduler = scheduler_of(slots, prefill)
     coming = sorted(((join, sequence(p, n)) for p, n, join in sizes), key=lambda x: x[0])
     everyone = [s for _, s in coming]
     for turn in range(1000):
@@ -174,7 +182,7 @@ def test_scheduling_needs_no_torch() -> None:
 
 
 def test_owners_who_wait_get_the_same_number_of_slots_and_each_in_its_order() -> None:
-    scheduler = Scheduler(4, 16)
+    scheduler = scheduler_of(4, 16)
     for n, owner in enumerate("aaaaaabbbc"):
         scheduler.add(Sequence([1], SamplingParams(max_new_tokens=4), output_limit=4, id=f"{owner}{n}", owner=owner))
     assert [s.id for s in scheduler.admit(0.0)] == ["a0", "b6", "c9", "a1"]
@@ -186,7 +194,7 @@ def test_owners_who_wait_get_the_same_number_of_slots_and_each_in_its_order() ->
 
 
 def test_an_owner_alone_takes_every_slot() -> None:
-    scheduler = Scheduler(4, 16)
+    scheduler = scheduler_of(4, 16)
     for n in range(5):
         scheduler.add(Sequence([1], SamplingParams(max_new_tokens=4), output_limit=4, id=str(n), owner="a"))
     assert [s.id for s in scheduler.admit(0.0)] == ["0", "1", "2", "3"]

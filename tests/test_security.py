@@ -103,6 +103,18 @@ def test_each_key_opens(guarded, key):
     assert guarded.get("/api/status", headers=bearer(key)).status_code == 200
 
 
+def test_each_key_has_a_cache_of_its_own_and_without_keys_all_clients_share_one(server, guarded):
+    body = {"prompt": "a", "max_new_tokens": 1}
+    for key in ("sesame", "open", "sesame"):
+        guarded.post("/api/generate", body, headers=bearer(key))
+    scopes = [sequence.cache_scope for sequence in guarded.engine.sequences[-3:]]
+    assert scopes[0] == scopes[2] != scopes[1] and "" not in scopes and "sesame" not in str(scopes)
+    for address in ("10.0.0.1", "10.0.0.2"):
+        server.post("/api/generate", body, environ_overrides={"REMOTE_ADDR": address})
+    owners = {(sequence.cache_scope, sequence.owner) for sequence in server.engine.sequences[-2:]}
+    assert owners == {("", "10.0.0.1"), ("", "10.0.0.2")}
+
+
 def test_a_browser_may_send_the_key_as_a_password(guarded):
     code = base64.b64encode(b"me:sesame").decode()
     assert guarded.get("/", headers={"Authorization": f"Basic {code}"}).status_code == 200

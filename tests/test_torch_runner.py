@@ -147,6 +147,22 @@ def test_a_copy_out_of_bounds_is_refused() -> None:
             runner.copy(*arguments)
 
 
+def test_a_released_slot_is_empty_and_its_neighbour_as_it_was() -> None:
+    runner, ids = TorchRunner(tiny(), slots=3), [(i * 7) % V for i in range(40)]
+    for slot in range(3):
+        expected = feed(runner, ids, slot, [40])
+    runner.release(1)
+    assert runner._cache is not None and not runner._cache.keys[:, 1].any() and not runner._cache.values[:, 1].any()
+    for slot in (0, 2):
+        torch.testing.assert_close(runner.rows([ids[39]], [slot], [39], [0])[0], expected[39], atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(feed(runner, ids, 1, [40]), expected, atol=2e-5, rtol=1e-5)
+
+
+def test_a_release_out_of_bounds_is_refused() -> None:
+    with pytest.raises(ValueError, match="slot is 2; it must be 0 to 1"):
+        TorchRunner(tiny(), 2).release(2)
+
+
 def test_numbers_that_are_none_stay_in_their_sequence() -> None:
     model = tiny()
     with torch.no_grad():
@@ -189,6 +205,7 @@ def test_a_precision_it_does_not_have_is_refused() -> None:
         ({"dtype": "fp8"}, "dtype is 'fp8'"),
         ({"slots": 0}, "slots is 0; it must be at least 1"),
         ({"threads": 0}, "threads is 0"),
+        ({"cache_memory": 0}, "cache_memory is 0"),
     ],
 )
 def test_bad_options_are_refused_by_name(options: dict[str, Any], message: str) -> None:

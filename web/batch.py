@@ -17,7 +17,7 @@ from web.client import Client
 from web.completion import Completion, Piece, merged
 from web.context import Context
 from web.errors import Refused
-from web.security import requester
+from web.security import key_digest, requester
 
 IDLE = 0.2  # seconds without a token after which the caller gets a moment to look around
 LONGEST_TOKEN = 512  # bytes; no vocabulary that is accepted has a longer one
@@ -111,7 +111,9 @@ class Batch:
             for index in range(n * len(prompts)):
                 own = replace(params, seed=(self.seed + index % n) % 2**63)
                 name = request_id if index == 0 else f"{request_id}-{index}"
-                generation = context.engine.submit(model, prompts[index // n], own, name, requester())
+                generation = context.engine.submit(
+                    model, prompts[index // n], own, name, owner=requester(), cache_scope=key_digest()
+                )
                 self.completions.append(Completion(generation, model.tokenizer, stops, ends, index))
         except ValueError as error:
             self.close()

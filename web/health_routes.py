@@ -42,7 +42,10 @@ class Queue(Reply):
     waiting: int
     slots: int
     cache_tokens: int
+    cache_kept: int
     cache_capacity: int
+    cache_bytes: int
+    cache_saved: int
     tokens_per_second: float
 
 

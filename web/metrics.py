@@ -11,6 +11,10 @@ FIGURES = {  # of the engine's info, read when Prometheus asks
     "waiting_tokens": "prompt tokens that wait",
     "tokens_per_second": "tokens generated per second of late",
     "heartbeat_age": "seconds since the engine's last sign of life",
+    "cache_tokens": "tokens whose keys and values are kept, or have a place reserved",
+    "cache_capacity": "tokens for which there is room",
+    "cache_bytes": "bytes that cache_tokens take",
+    "cache_saved": "prompt tokens of the loaded model that were found in the cache",
 }
 
 

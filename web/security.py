@@ -101,9 +101,14 @@ def _is_browser() -> bool:
     return request.method == "GET" and "text/html" in request.headers.get("Accept", "")
 
 
+def key_digest() -> str:
+    """Return the digest of the key that the current request was made with; "" where no key is asked for."""
+    return str(getattr(g, "key", ""))
+
+
 def requester() -> str:
     """Return who asks, for the rate limit and the shares of the engine: the checked key, or the address."""
-    return getattr(g, "key", None) or str(request.remote_addr)
+    return key_digest() or str(request.remote_addr)
 
 
 def add_headers(response: Response) -> Response:

@@ -67,6 +67,9 @@ class Settings:
     )
     threads: int | None = setting(None, "CPU threads that compute; default: chosen by torch", 1, 1024)
     slots: int = setting(16, "sequences that run at once", 1, 4096)
+    cache_memory: int | None = setting(
+        None, "MiB that keys and values of a model's sequences may take; default: every slot may be full", 1, 2**24
+    )
     prefill_tokens: int = setting(512, "most prompt tokens computed in one step", 1, 65536)
     max_context_tokens: int | None = setting(
         None, "longest prompt and reply together, if below the model's own", 1, 2**31 - 1, also="MAX_CONTEXT_TOKENS"
