@@ -299,10 +299,11 @@ def delete_dataset(client: ApiClient, name: str, yes: bool) -> None:
 @command(cli, "upload")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--name", help="Name of the dataset; else the file's name without its ending.")
-def upload(client: ApiClient, file: Path, name: str | None) -> None:
+@click.option("--encoding", help="Encoding of FILE, such as latin-1; else it must be UTF-8.")
+def upload(client: ApiClient, file: Path, name: str | None, encoding: str | None) -> None:
     """Upload a .txt or .jsonl FILE as a dataset to train on."""
     name = file.stem if name is None else name
-    print_reply(client.upload(file, name))
+    print_reply(client.upload(file, name, encoding))
     advise(client, train=f"train --dataset {name} --output_dir out/{name} --model_type nano --follow")
 
 

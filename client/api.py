@@ -191,9 +191,9 @@ class ApiClient:
         """Delete a dataset."""
         return self.call("DELETE", f"/api/datasets/{quote(name, safe='')}")
 
-    def upload(self, path: Path, name: str) -> Reply:
-        """Send a text or JSONL file as the dataset `name`."""
-        form = FileForm(path, {"name": name})
+    def upload(self, path: Path, name: str, encoding: str | None = None) -> Reply:
+        """Send a text or JSONL file, UTF-8 unless an encoding is given, as the dataset `name`."""
+        form = FileForm(path, {"name": name} if encoding is None else {"name": name, "encoding": encoding})
         return self.call("POST", "/api/datasets", data=form, headers=form.headers, seconds=LONG_SECONDS)
 
     status = partialmethod(call, "GET", "/api/status")

@@ -175,6 +175,7 @@ class Scan:
     hashes: "array[int]" = field(default_factory=lambda: array("Q"))  # one per document, of its content
     characters: int = 0
     bytes: int = 0  # of UTF-8
+    longest_line: int = 0  # in characters
     masked: bool = False  # whether there is text that is only read, not learned
 
     @property
@@ -186,7 +187,12 @@ class Scan:
 def scan(stream: Iterator[Piece]) -> Scan:
     """Return hashes and sizes of the documents of `pieces`; reading them all is also what checks them."""
     result, digest = Scan(), hashlib.blake2b(digest_size=8)
+    unfinished = 0  # characters of a line that goes on in the next piece
     for piece in stream:
+        lengths = [len(line) for line in piece.text.split("\n")]
+        lengths[0] += unfinished
+        result.longest_line = max(result.longest_line, *lengths)
+        unfinished = 0 if piece.ends else lengths[-1]
         data = piece.text.encode()
         if piece.role is not None or not piece.learned:
             digest.update(f"\0{piece.role}\0{piece.learned}\0".encode())

@@ -51,6 +51,7 @@ __all__ = [
     "from_meta_pkl",
     "from_vocab_merges",
     "gpt2",
+    "gpt2_of_this_machine",
     "load",
     "train_bpe",
 ]
@@ -284,13 +285,16 @@ def _keep(found: dict[str, bytes]) -> None:
             replace_file(_cached_as(name), partial(write_all, data=data))
 
 
+def gpt2_of_this_machine(workspace: Workspace | None = None) -> Tokenizer | None:
+    """Return GPT-2's tokenizer if this machine has it; never asks the network."""
+    return next((found for found in _on_this_machine(workspace) if found is not None and found.kind == "gpt2"), None)
+
+
 def gpt2(workspace: Workspace | None = None) -> Tokenizer:
     """Return GPT-2's tokenizer, from the nearest place that has it.
 
     Looks in the GPT-2 folders under `pretrained_dir` and models/, in tiktoken's cache and in Hugging Face's, then
     asks the network. Without any of these: Unreachable, in less than 10 seconds, saying what to do.
     """
-    for tokenizer in _on_this_machine(workspace):
-        if tokenizer is not None and tokenizer.kind == "gpt2":
-            return tokenizer
-    return _fetch()
+    found = gpt2_of_this_machine(workspace)
+    return _fetch() if found is None else found

@@ -7,10 +7,13 @@ written and checked beside its place, so a broken or abandoned upload is never l
 import errno
 import os
 import shutil
-from typing import BinaryIO
+from pathlib import Path
+from typing import Any, BinaryIO
 
+from storage import tokenizer as tokenizers
 from storage.datasets import Dataset, canonical, dataset
-from storage.documents import BINARY, SUFFIXES, pieces, scan, sources
+from storage.documents import BINARY, SUFFIXES, Scan, pieces, scan, sources
+from storage.encodings import UTF8, Transcoder, check_encoding
 from storage.errors import BadName, Exists, NotLoadable, TooLarge
 from storage.files import quoted, replace_file, sync_folder, temporary_beside
 from storage.runs import Workspace
@@ -18,6 +21,7 @@ from storage.runs import Workspace
 STORED_AS = {".txt": "text.txt", ".jsonl": "documents.jsonl"}
 KEPT = ("prepare.py", "README.md")
 COPY_BYTES = 2**20
+SAMPLE_BYTES = 2**20
 
 
 def _suffix(filename: object) -> str:
@@ -27,8 +31,8 @@ def _suffix(filename: object) -> str:
     return found[0]
 
 
-def _copy(stream: BinaryIO, f: BinaryIO, limit: int) -> None:
-    size = 0
+def _copy(stream: BinaryIO, f: BinaryIO, limit: int, encoding: str) -> None:
+    size, out = 0, None if encoding == UTF8 else Transcoder(f, encoding)
     while data := stream.read(COPY_BYTES):
         kind = next((BINARY[magic] for magic in BINARY if size == 0 and data.startswith(magic)), None)
         if kind is not None:
@@ -36,16 +40,40 @@ def _copy(stream: BinaryIO, f: BinaryIO, limit: int) -> None:
         size += len(data)
         if size > limit:
             raise TooLarge(f"file has more than {limit} bytes, the limit of this server")
-        f.write(data)
+        (f if out is None else out).write(data)
+    if out is not None:
+        out.write(b"", final=True)
 
 
-def upload(workspace: Workspace, name: object, filename: object, stream: BinaryIO, limit: int) -> Dataset:
-    """Make a dataset of an uploaded .txt or .jsonl file of at most `limit` bytes.
+def _gpt2_tokens(found: Scan, workspace: Workspace, folder: Path) -> int | None:
+    """Return how many tokens the text is for GPT-2, of much text told from its beginning; None without GPT-2's."""
+    gpt2 = tokenizers.gpt2_of_this_machine(workspace)
+    if gpt2 is None:
+        return None
+    tokens = size = 0
+    for piece in pieces(folder, sources(folder)):
+        tokens, size = tokens + len(gpt2.encode_array(piece.text)), size + len(piece.text.encode())
+        if size >= SAMPLE_BYTES:
+            break
+    return round(tokens / size * found.bytes)
 
-    `name` is the dataset's; None: the file name without its ending. Raises BadName, Exists, TooLarge, NotLoadable
-    (naming the line or byte that cannot be used) and NoSpace.
+
+def _report(found: Scan, workspace: Workspace, folder: Path) -> dict[str, Any]:
+    """Return what an upload holds."""
+    about = {"documents": found.documents, "characters": found.characters, "bytes": found.bytes}
+    return about | {"longest_line": found.longest_line, "gpt2_tokens": _gpt2_tokens(found, workspace, folder)}
+
+
+def upload(
+    workspace: Workspace, name: object, filename: object, stream: BinaryIO, limit: int, encoding: object = None
+) -> tuple[Dataset, dict[str, Any]]:
+    """Make a dataset of an uploaded .txt or .jsonl file of at most `limit` bytes; return it, and what it holds.
+
+    `name` is the dataset's; None: the file name without its ending. `encoding` is the file's, None: UTF-8; it is
+    stored as UTF-8. Raises BadName, Exists, TooLarge, NotLoadable (naming the line or byte that cannot be used) and
+    NoSpace.
     """
-    suffix = _suffix(filename)
+    suffix, encoding = _suffix(filename), check_encoding(encoding)
     checked = canonical(name if name is not None else str(filename)[: -len(suffix)])
     data, target = workspace.data, workspace.data / checked
     taken = Exists(f"there is a dataset {checked} already; delete it first, or choose another name")
@@ -55,8 +83,9 @@ def upload(workspace: Workspace, name: object, filename: object, stream: BinaryI
     temporary = temporary_beside(target)
     temporary.mkdir()
     try:
-        replace_file(temporary / STORED_AS[suffix], lambda f: _copy(stream, f, limit))
-        if scan(pieces(temporary, sources(temporary))).characters == 0:
+        replace_file(temporary / STORED_AS[suffix], lambda f: _copy(stream, f, limit, encoding))
+        found = scan(pieces(temporary, sources(temporary)))
+        if found.characters == 0:
             raise NotLoadable("file has no text")
         os.rename(temporary, target)  # fails if another upload was quicker: its folder is not empty
     except OSError as e:
@@ -66,7 +95,7 @@ def upload(workspace: Workspace, name: object, filename: object, stream: BinaryI
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     sync_folder(data)
-    return Dataset(workspace, checked)
+    return Dataset(workspace, checked), _report(found, workspace, target)
 
 
 def delete(workspace: Workspace, name: object) -> None:

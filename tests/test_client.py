@@ -395,6 +395,12 @@ def test_upload_sends_name_and_file_as_a_form(server, tmp_path, name):
     assert done.exit_code == 0 and "train --dataset" in done.stderr
 
 
+def test_upload_says_which_encoding_the_file_has(server, tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xe9")
+    run("upload", str(tmp_path / "a.txt"), "--encoding", "latin-1")
+    assert b'name="encoding"\r\n\r\nlatin-1\r\n' in body_of(server)
+
+
 @pytest.mark.parametrize("file", ["missing.txt", "."])
 def test_upload_wants_a_file_that_is_there(server, file):
     assert run("upload", file).exit_code == 2 and not server.requests

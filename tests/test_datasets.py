@@ -167,6 +167,12 @@ def test_lines_may_begin_with_a_bom_and_hold_halves_of_surrogate_pairs(tmp_path)
     assert read(tmp_path) == ["a\nb", "\ufffd"]
 
 
+def test_the_longest_line_is_found_across_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "READ_BYTES", 7)
+    (tmp_path / "a.txt").write_text("one\ntwo and three and four\nfive six\n")
+    assert scan(pieces(tmp_path, sources(tmp_path))).longest_line == len("two and three and four")
+
+
 def test_an_endless_line_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "MAX_LINE_BYTES", 50)
     (tmp_path / "a.jsonl").write_text(jsonl(["short", "x" * 60]))
@@ -695,7 +701,7 @@ def test_a_sample_of_the_text_comes_from_all_over_it(workspace):
 
 
 def send(workspace: Workspace, name: object, filename: object, data: bytes, limit: int = 10**6) -> Dataset:
-    return upload(workspace, name, filename, io.BytesIO(data), limit)
+    return upload(workspace, name, filename, io.BytesIO(data), limit)[0]
 
 
 def test_an_uploaded_text_becomes_a_dataset(workspace):

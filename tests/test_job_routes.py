@@ -180,6 +180,49 @@ def test_a_dataset_may_take_its_files_name_and_numbers_are_names(server):
     assert upload(server, b"some text\n", "notes.txt", name="2024").json["name"] == "2024"
 
 
+def test_an_upload_is_reported_with_its_documents_and_its_longest_line(server):
+    lines = b'{"text": "one two"}\n{"text": "a line\\nand a longer line"}\n'
+    report = upload(server, lines, "two.jsonl").json["report"]
+    assert report | {"documents": 2, "characters": 31, "bytes": 31, "longest_line": 17} == report
+
+
+def test_tokens_of_an_upload_are_counted_where_gpt2s_tokenizer_is(server, shared, monkeypatch):
+    text = (shared / "data/tinyshakespeare/input.txt").read_bytes()[:100_000]
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared / "data/gpt2_bpe/tiktoken_cache"))
+    tokens = upload(server, text, "sh.txt").json["report"]["gpt2_tokens"]
+    assert tokens == pytest.approx(100_000 * 338_025 / 1_115_394, rel=0.05)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "/nowhere")
+    assert upload(server, text, "more.txt").json["report"]["gpt2_tokens"] is None
+
+
+@pytest.mark.parametrize(
+    ("encoding", "filename"), [("latin-1", "a.txt"), ("UTF-16", "b.txt"), ("windows_1252", "c.jsonl")]
+)
+def test_text_of_another_encoding_is_stored_as_utf8(server, encoding, filename):
+    text = '{"text": "Fräulein, ça va?"}\n' * 10
+    assert upload(server, text.encode(encoding), filename, encoding=encoding).status_code == 200
+    (stored,) = (server.workspace.data / filename[0]).glob("*.*")
+    assert stored.read_text("utf-8") == text
+
+
+@pytest.mark.parametrize(
+    ("encoding", "content", "status", "words"),
+    [
+        ("klingon", b"x", 400, 'encoding is "klingon"; it must be one of utf-8'),
+        ("zlib", b"x", 400, "encoding is"),
+        ("", b"x", 400, "encoding is"),
+        ("utf-16", b"\xff\xfea\0\0\xd8b\0", 422, "file is not utf-16 text at byte 4"),
+        ("euc-jp", "日本".encode("euc-jp") + b"\xff", 422, "at byte 4"),
+        ("shift_jis", "日".encode("shift_jis") + b"\x93", 422, "at byte 2"),
+        ("utf-8", b"ab\xff", 422, "not UTF-8 text at byte 2"),
+    ],
+)
+def test_a_wrong_encoding_is_refused_with_the_place_and_leaves_nothing(server, encoding, content, status, words):
+    reply = upload(server, content, "a.txt", encoding=encoding)
+    assert reply.status_code == status and words in reply.json["error"]
+    assert server.get("/api/datasets").json == {"datasets": []}
+
+
 @pytest.mark.parametrize(
     ("content", "filename", "name", "status"),
     [

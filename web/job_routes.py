@@ -28,7 +28,6 @@ from web.context import Context, context
 from web.errors import Refused
 from web.loading import check_allowed
 from web.schemas import (
-    Dataset,
     Datasets,
     Error,
     ExportBody,
@@ -46,6 +45,7 @@ from web.schemas import (
     Rows,
     TrainBody,
     Training,
+    UploadedDataset,
     UploadForm,
 )
 
@@ -209,12 +209,14 @@ def datasets() -> dict[str, Any]:
     return {"datasets": [dataset.describe() for dataset in stored.datasets(context().workspace)]}
 
 
-@routes.post("/api/datasets", responses={200: Dataset, 409: Error, 413: Error, 422: Error})
+@routes.post("/api/datasets", responses={200: UploadedDataset, 409: Error, 413: Error, 422: Error})
 def upload_dataset(form: UploadForm) -> dict[str, Any]:
     """Upload a dataset."""
     ctx, file = context(), form.file
     stream, limit = cast(BinaryIO, file.stream), ctx.settings.max_upload_bytes
-    return uploads.upload(ctx.workspace, request.form.get("name"), file.filename, stream, limit).describe()
+    name, encoding = request.form.get("name"), request.form.get("encoding")
+    dataset, report = uploads.upload(ctx.workspace, name, file.filename, stream, limit, encoding)
+    return dataset.describe() | {"report": report}
 
 
 @routes.delete("/api/datasets/<name>", responses={200: Message, 404: Error, 409: Error})

@@ -188,10 +188,13 @@ class FileForm(BaseModel):
 
 
 class UploadForm(FileForm):
-    """A dataset file and its name."""
+    """A dataset file, its name and its encoding."""
 
     name: Annotated[Any, WithJsonSchema({"type": "string"})] = Field(
         None, description="name of the dataset; default: the file's name without its ending"
+    )
+    encoding: Annotated[Any, WithJsonSchema({"type": "string"})] = Field(
+        None, description="encoding of the file, such as latin-1; default: utf-8"
     )
 
 
@@ -311,6 +314,22 @@ class Dataset(Reply):
     """A dataset."""
 
     name: str
+
+
+class UploadReport(Reply):
+    """What an upload holds; `gpt2_tokens` is told from the first megabyte, null without GPT-2's tokenizer."""
+
+    documents: int
+    characters: int
+    bytes: int
+    longest_line: int
+    gpt2_tokens: int | None
+
+
+class UploadedDataset(Dataset):
+    """A dataset that was uploaded just now."""
+
+    report: UploadReport
 
 
 class Datasets(Reply):
