@@ -18,16 +18,18 @@ from inference.engine import Engine
 from inference.sequence import SamplingParams
 from inference.torch_runner import TorchRunner
 from model import GPT
-from storage.checkpoints import load_model
+from storage.checkpoints import open_model
+from storage.pretrained import StoredModel
 from storage.registry import ModelReference
 from storage.runs import Workspace
 
 
-def torch_runner(model: GPT, options: RunnerOptions) -> tuple[Any, str]:
+def torch_runner(model: GPT | StoredModel, options: RunnerOptions) -> tuple[Any, str]:
     """Build the torch runner also where the native one would serve."""
     dtype = "fp32" if options.dtype == "auto" else options.dtype
     device = "cpu" if options.device == "auto" else options.device
-    return TorchRunner(model, options.slots, device, dtype), "asked for by the benchmark"
+    whole = model if isinstance(model, GPT) else model.load()
+    return TorchRunner(whole, options.slots, device, dtype), "asked for by the benchmark"
 
 
 def prepare(args: argparse.Namespace) -> tuple[str, Callable[[list[list[int]], int], float]]:
@@ -40,7 +42,7 @@ def prepare(args: argparse.Namespace) -> tuple[str, Callable[[list[list[int]], i
         slots=args.slots,
         threads=args.threads,
         prefill_tokens=args.prefill_tokens,
-        loader=load_model,
+        loader=open_model,
         build=torch_runner if args.runner == "torch" else build_runner,
     )
     served = engine.load(ModelReference("random", "folder", args.folder, "random"))

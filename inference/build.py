@@ -13,6 +13,7 @@ from model import GPT, GPTConfig
 
 if TYPE_CHECKING:
     from inference.runner import ModelRunner
+    from storage.pretrained import StoredModel
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16", "int8")
@@ -59,15 +60,16 @@ def half_of_memory(device: str) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def finite(model: GPT) -> bool:
-    """Say whether every weight is a number; what is none would make every answer none."""
-    return all(bool(torch.stack(torch.aminmax(p)).isfinite().all()) for p in model.parameters())
+class NotFinite(ValueError):
+    """A model's weights hold what is no number, which would make every answer none."""
 
 
-def fingerprint(model: GPT) -> str:
-    """Return a short hash of a model's shape and weights; about a second per 2 GB."""
+def fingerprint(model: "GPT | StoredModel") -> str:
+    """Return a short hash of a model's shape and weights; about a second per 2 GB. Raises NotFinite."""
     digest = hashlib.sha256(repr(model.config).encode())
     for name, p in model.named_parameters():
+        if not torch.stack(torch.aminmax(p)).isfinite().all():
+            raise NotFinite(f"weights that are no finite numbers, in {name}")
         digest.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
         digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:12]
@@ -117,15 +119,16 @@ def choose(config: GPTConfig, options: RunnerOptions) -> Choice:
     return Choice("torch", device, dtype, reason)
 
 
-def build_runner(model: GPT, options: RunnerOptions) -> tuple["ModelRunner", str]:
+def build_runner(model: "GPT | StoredModel", options: RunnerOptions) -> tuple["ModelRunner", str]:
     """Return the runner that `choose` names, and why it was chosen. It takes the model over. Raises ValueError."""
     choice = choose(model.config, options)
     if choice.runner == "torch":
+        whole = model if isinstance(model, GPT) else model.load()
         slots = options.slots
         if options.cache_memory is not None and choice.device != "cpu":  # all of it is taken at once there
             one = 2 * model.config.n_layer * model.config.n_embd * DTYPES[choice.dtype].itemsize
             slots = max(1, min(slots, options.cache_memory // (one * model.config.block_size)))
-        return TorchRunner(model, slots, choice.device, choice.dtype), choice.reason
+        return TorchRunner(whole, slots, choice.device, choice.dtype), choice.reason
     from inference.native_runner import NativeRunner
 
     return NativeRunner(model, options.slots, choice.dtype, options.threads), choice.reason

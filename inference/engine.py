@@ -26,7 +26,7 @@ from inference.lane import NO_CACHE, Lane
 from inference.loading import ModelSource
 from inference.pool import ModelPool
 from inference.sequence import Generation, SamplingParams
-from storage.checkpoints import load_model
+from storage.checkpoints import open_model
 
 if TYPE_CHECKING:
     from inference.loading import Builder, Loader
@@ -82,7 +82,7 @@ class Engine:
         prefill_tokens: int = 2048,
         request_timeout: float | None = 600.0,
         memory: int | None = None,
-        loader: "Loader" = load_model,
+        loader: "Loader" = open_model,
         build: "Builder" = build_runner,
     ):
         self._options = RunnerOptions(device, dtype, slots, threads, cache_memory)

@@ -7,13 +7,14 @@ requests, nor of what is served now: a failed load leaves nothing behind.
 import logging
 import math
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from inference.backend import Footprint, ServedModel
-from inference.build import RunnerOptions, fingerprint, finite
+from inference.build import NotFinite, RunnerOptions, fingerprint
 from inference.footprint import measure, memory_bytes
 from inference.slots import whole_blocks
+from storage.architecture import count_parameters
 from storage.errors import NotLoadable
 
 if TYPE_CHECKING:
@@ -21,12 +22,13 @@ if TYPE_CHECKING:
 
     from inference.runner import ModelRunner
     from model import GPT
-    from storage.checkpoints import Loaded
+    from storage.checkpoints import Loaded, Opened
+    from storage.pretrained import StoredModel
     from storage.registry import ModelReference
     from storage.runs import Workspace
 
-    Loader = Callable[[ModelReference, Workspace], Loaded]
-    Builder = Callable[[GPT, RunnerOptions], tuple[ModelRunner, str]]
+    Loader = Callable[[ModelReference, Workspace], Loaded | Opened]
+    Builder = Callable[[GPT | StoredModel, RunnerOptions], tuple[ModelRunner, str]]
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +56,11 @@ class ModelSource:
         started, options = time.monotonic(), self._options_of(reference)
         loaded = self._loader(reference, self._workspace)
         model, tokenizer = loaded.model, loaded.tokenizer
-        if not finite(model):
-            raise NotLoadable(f"{reference.label} holds weights that are no finite numbers.")
-        config, parameters, weights = model.config, model.num_params(), fingerprint(model)
+        try:
+            weights = fingerprint(model)
+        except NotFinite as e:
+            raise NotLoadable(f"{reference.label} holds {e}.") from e
+        config = model.config
         runner, reason = self._build(model, options)
         del model, loaded
         served = ServedModel(
@@ -66,7 +70,7 @@ class ModelSource:
             block_size=runner.block_size,
             vocab_size=runner.vocab_size,
             n_embd=config.n_embd,
-            parameters=parameters,
+            parameters=count_parameters(asdict(config)),
             memory_bytes=memory_bytes(
                 config, runner.name, runner.device, runner.dtype, runner.slots, options.cache_memory
             ),
@@ -84,7 +88,8 @@ class ModelSource:
         except BaseException:
             runner.close()
             raise
-        logger.info("loaded %s (%s, %s, %s)", served.id, served.runner, served.device, served.dtype)
+        what = (served.id, served.runner, served.device, served.dtype, served.load_seconds, served.memory_bytes / 1e6)
+        logger.info("loaded %s (%s, %s, %s) in %.1f s; weights and a full cache are %.0f MB", *what)
         return served, runner
 
     def _check_cache(self, reference: "ModelReference", runner: "ModelRunner") -> None:

@@ -12,7 +12,7 @@ import mmap
 import weakref
 from array import array
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from inference.native.build import CannotBuild, library
 from inference.native.machine import available_cores
 from inference.runner import check_copy, check_slot
-from model import GPT, GPTConfig
+from model import GPTConfig
 
 VERSION = 2  # as in step.cpp
 PANEL = 32  # rows of weights that lie together
@@ -74,6 +74,13 @@ def _up_to(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
+def _give_back() -> None:
+    """Return freed memory to the system: glibc keeps what lies between blocks in use, here up to 3 times the model."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 class _Arena:
     """One stretch of anonymous memory that tensors are cut from; pages come when they are first written.
 
@@ -97,6 +104,17 @@ class _Arena:
         start, end = _up_to(start, mmap.PAGESIZE), end // mmap.PAGESIZE * mmap.PAGESIZE
         if start < end and hasattr(mmap, "MADV_DONTNEED"):
             self._memory.madvise(mmap.MADV_DONTNEED, start, end - start)
+
+
+class Weights(Protocol):
+    """What is packed: a GPT, or a model whose weights are still in its files."""
+
+    @property
+    def config(self) -> GPTConfig: ...
+
+    def get_parameter(self, target: str, /) -> Tensor:
+        """Return a parameter by its name in GPT."""
+        ...
 
 
 class _Packer:
@@ -123,36 +141,49 @@ class _Packer:
         """Pack weights (rows, width) in panels of 32 rows. Raises ValueError if one is not finite."""
         rows, width = weight.shape
         padded, group = _up_to(rows, PANEL), 4 // self.stored.itemsize
-        packed = self._arena.take((padded // PANEL, width // group, PANEL, group), self.stored)
+        packed = self._arena.take((padded // PANEL, width // group, PANEL), torch.int32)  # of a group of weights each
         scale = torch.zeros(padded)
-        for start in range(0, rows, 64 * PANEL):  # in parts, so that copies stay small
-            part = weight[start : start + 64 * PANEL].detach().float()
+        for start in range(0, rows, 16 * PANEL):  # in parts, so that copies stay small
+            part = weight[start : start + 16 * PANEL].detach().float()
             part = F.pad(part, (0, 0, 0, -len(part) % PANEL))
             most = part.abs().amax(1)
             if not most.isfinite().all():
                 raise ValueError("the model's weights hold a value that is not finite")
             if self.stored is torch.uint8:
                 scale[start : start + len(part)] = most / 127
-                part = (part * (127 / most.clamp(min=1e-30))[:, None]).round() + 128
+                part = (part * (127 / most.clamp(min=1e-30))[:, None]).round_().add_(128)
             first = start // PANEL
-            packed[first : first + len(part) // PANEL] = part.view(-1, PANEL, width // group, group).transpose(1, 2)
+            words = part.to(self.stored).view(torch.int32).view(-1, PANEL, width // group)
+            packed[first : first + len(words)] = words.transpose(1, 2)
+        _give_back()
         self.kept += [packed, scale]
         return _Matrix(packed.data_ptr(), scale.data_ptr(), self.floats(bias, padded), padded, width)
 
 
-def _pack(model: GPT, packer: _Packer, native: _Model) -> None:
-    parts: Any = model.transformer
-    native.positions = packer.floats(parts["wpe"].weight)
-    native.norm, native.norm_bias = packer.floats(parts["ln_f"].weight), packer.floats(parts["ln_f"].bias)
-    native.head = packer.matrix(model.lm_head.weight)
-    native.tokens = native.head if model.config.tied else packer.matrix(parts["wte"].weight)
-    for block, layer in zip(parts["h"], native.layer[: model.config.n_layer], strict=True):
-        layer.norm1, layer.norm1_bias = packer.floats(block.ln_1.weight), packer.floats(block.ln_1.bias)
-        layer.norm2, layer.norm2_bias = packer.floats(block.ln_2.weight), packer.floats(block.ln_2.bias)
-        layer.qkv = packer.matrix(block.attn.c_attn.weight, block.attn.c_attn.bias)
-        layer.out = packer.matrix(block.attn.c_proj.weight, block.attn.c_proj.bias)
-        layer.up = packer.matrix(block.mlp.c_fc.weight, block.mlp.c_fc.bias)
-        layer.down = packer.matrix(block.mlp.c_proj.weight, block.mlp.c_proj.bias)
+def _pack(model: Weights, packer: _Packer, native: _Model) -> None:
+    """Pack a model weight by weight: of one that is still in its files only one is in memory unpacked."""
+    config = model.config
+
+    def floats(name: str) -> int | None:
+        return packer.floats(model.get_parameter(name))
+
+    def norm(name: str) -> tuple[int | None, int | None]:
+        return floats(f"{name}.weight"), floats(f"{name}.bias") if config.bias else None
+
+    def matrix(name: str) -> _Matrix:
+        bias = model.get_parameter(f"{name}.bias") if config.bias else None
+        return packer.matrix(model.get_parameter(f"{name}.weight"), bias)
+
+    native.tokens = packer.matrix(model.get_parameter("transformer.wte.weight"))
+    native.head = native.tokens if config.tied else packer.matrix(model.get_parameter("lm_head.weight"))
+    native.positions = floats("transformer.wpe.weight")
+    native.norm, native.norm_bias = norm("transformer.ln_f")
+    for i, layer in enumerate(native.layer[: config.n_layer]):
+        block = f"transformer.h.{i}"
+        layer.norm1, layer.norm1_bias = norm(f"{block}.ln_1")
+        layer.norm2, layer.norm2_bias = norm(f"{block}.ln_2")
+        layer.qkv, layer.out = matrix(f"{block}.attn.c_attn"), matrix(f"{block}.attn.c_proj")
+        layer.up, layer.down = matrix(f"{block}.mlp.c_fc"), matrix(f"{block}.mlp.c_proj")
 
 
 class NativeRunner:
@@ -161,7 +192,7 @@ class NativeRunner:
     name = "native"
     device = "cpu"
 
-    def __init__(self, model: GPT, slots: int, dtype: str, threads: int | None = None):
+    def __init__(self, model: Weights, slots: int, dtype: str, threads: int | None = None):
         """Pack `model`, which may be freed afterwards. `threads` None is every core that is ours.
 
         Raises ValueError for a model that `unsupported` refuses, or with weights that are not finite; CannotBuild;

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from storage.inspection import Inspection, inspect, inspect_checkpoint, plain
 from storage.pretrained import (
     GPT2_SIZES,
     FileChanged,
+    StoredModel,
     assemble,
     fetch,
     folder_tokenizer,
@@ -41,6 +42,7 @@ ATTEMPTS = 3  # at loading a file that is replaced meanwhile
 EARLIER = 4  # entries of earlier files that a manifest keeps
 
 Report = Callable[[str], None]
+Found = TypeVar("Found")
 
 
 def _ignore(_: str) -> None:
@@ -254,14 +256,14 @@ def _checkpoint_tokenizer(inspection: Inspection, workspace: Workspace, shown: s
     return require_vocabulary(found, vocab_size, shown)
 
 
-def _checkpoint_model(inspection: Inspection, shown: str) -> GPT:
+def _stored_checkpoint(inspection: Inspection, shown: str) -> StoredModel:
+    """Return a whole checkpoint's model, the weights still in the file."""
     if (problem := damage(inspection.path)) is not None:
         raise NotLoadable(problem)
-    tensors, args = read_weights(inspection, shown), inspection.model_args
-    if not args["tied"] and torch.equal(tensors["lm_head.weight"], tensors["transformer.wte.weight"]):
-        args = {**args, "tied": True}  # saved twice, by something that did not know
-        del tensors["lm_head.weight"]
-    return assemble(args, tensors, shown)
+    stored = StoredModel(inspection, inspection.model_args, shown)
+    if stored.config.tied or not torch.equal(*map(stored.get_parameter, ("lm_head.weight", "transformer.wte.weight"))):
+        return stored
+    return StoredModel(inspection, {**inspection.model_args, "tied": True}, shown)  # saved twice, unknowingly
 
 
 @dataclass(frozen=True, eq=False)
@@ -276,18 +278,61 @@ class Loaded:
     nbytes: int  # of the weights
 
 
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A model about to be served: its weights still in their files."""
+
+    model: StoredModel
+    tokenizer: Tokenizer
+
+
+def _follows(reference: ModelReference) -> bool:
+    """Say whether links are followed: a hub's folders consist of them, and the registry file is the operator's."""
+    return reference.kind in ("pretrained", "registered")
+
+
+def _tokenizer_of(inspection: Inspection, reference: ModelReference, workspace: Workspace) -> Tokenizer:
+    if inspection.kind == "checkpoint":
+        return _checkpoint_tokenizer(inspection, workspace, reference.label)
+    vocab_size = inspection.model_args["vocab_size"]
+    return folder_tokenizer(inspection.path, vocab_size, reference.label, workspace, _follows(reference))
+
+
 def _load_once(reference: ModelReference, workspace: Workspace, say: Report) -> Loaded:
     inspection, shown = inspect(reference), reference.label
     say(f"loading {shown}: {inspection.parameters / 1e6:.1f} million parameters")
+    tokenizer = _tokenizer_of(inspection, reference, workspace)
     if inspection.kind == "checkpoint":
-        tokenizer = _checkpoint_tokenizer(inspection, workspace, shown)
-        model = _checkpoint_model(inspection, shown)
+        model = _stored_checkpoint(inspection, shown).load()
     else:
-        follow = reference.kind in ("pretrained", "registered")
-        vocab_size = inspection.model_args["vocab_size"]
-        tokenizer = folder_tokenizer(inspection.path, vocab_size, shown, workspace, follow)
+        follow = _follows(reference)
         model = assemble(inspection.model_args, read_weights(inspection, shown, follow), shown)
     return Loaded(model, tokenizer, reference, inspection.iter_num, inspection.config, inspection.nbytes)
+
+
+def _open_once(reference: ModelReference, workspace: Workspace, say: Report) -> Opened:
+    inspection, shown = inspect(reference), reference.label
+    tokenizer = _tokenizer_of(inspection, reference, workspace)
+    if inspection.kind == "checkpoint":
+        return Opened(_stored_checkpoint(inspection, shown), tokenizer)
+    return Opened(StoredModel(inspection, inspection.model_args, shown, _follows(reference)), tokenizer)
+
+
+def _patiently(
+    once: Callable[[ModelReference, Workspace, Report], Found],
+    reference: ModelReference,
+    workspace: Workspace,
+    say: Report,
+) -> Found:
+    """Return what `once` does with a model on this machine, tried again while its files change."""
+    if reference.path is None:
+        reference = replace(reference, path=fetch(reference.repository or reference.id, workspace, say))
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return once(reference, workspace, say)
+        except FileChanged as e:  # a trainer may just have saved the next one
+            say(f"{e}; starting again")
+    return once(reference, workspace, say)
 
 
 def load_model(reference: ModelReference, workspace: Workspace, progress: Report | None = None) -> Loaded:
@@ -295,12 +340,9 @@ def load_model(reference: ModelReference, workspace: Workspace, progress: Report
 
     Raises NotFound, NotLoadable (one sentence, before any large allocation), Unreachable or NoSpace.
     """
-    say = progress or _ignore
-    if reference.path is None:
-        reference = replace(reference, path=fetch(reference.repository or reference.id, workspace, say))
-    for _ in range(ATTEMPTS - 1):
-        try:
-            return _load_once(reference, workspace, say)
-        except FileChanged as e:  # a trainer may just have saved the next one
-            say(f"{e}; starting again")
-    return _load_once(reference, workspace, say)
+    return _patiently(_load_once, reference, workspace, progress or _ignore)
+
+
+def open_model(reference: ModelReference, workspace: Workspace) -> Opened:
+    """Open the model that `reference` means, to be read weight by weight; raises as `load_model` does."""
+    return _patiently(_open_once, reference, workspace, _ignore)

@@ -1,12 +1,14 @@
 """Weights in and out: Hugging Face GPT-2 folders to our model and back, and a model built from tensors.
 
-`load_folder` reads config.json, safetensors and the tokenizer; `export` writes such a folder. What a folder
-holds is found out and checked by inspection.py first; where pretrained folders come from is hub.py.
+`load_folder` reads config.json, safetensors and the tokenizer; `export` writes such a folder. A StoredModel's weights
+stay in their files and are read one by one. What a folder holds is found out and checked by inspection.py first; where
+pretrained folders come from is hub.py.
 """
 
 import json
 import os
 import shutil
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,16 @@ from storage.runs import Workspace
 from storage.safetensors_file import StoredTensor
 from storage.tokenizer import Tokenizer
 
-__all__ = ["FileChanged", "assemble", "export", "fetch", "load_folder", "read_weights", "require_vocabulary"]
+__all__ = [
+    "FileChanged",
+    "StoredModel",
+    "assemble",
+    "export",
+    "fetch",
+    "load_folder",
+    "read_weights",
+    "require_vocabulary",
+]
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 GPT2_SIZES = (50257, 50304)  # GPT-2's vocabulary, and nanoGPT's, padded to a multiple of 64
@@ -108,6 +119,55 @@ def read_weights(inspection: Inspection, shown: str, follow: bool = False) -> di
         for file in inspection.identities
         for name, tensor in _read_file(inspection, file, shown, follow)
     }
+
+
+class StoredModel:
+    """A model whose weights stay in its files: each is read anew when it is asked for, and no other need be in memory.
+
+    Answers as GPT does to `config`, `get_parameter` and `named_parameters`, with tensors in the file's type; `load`
+    gives the GPT. Reading raises FileChanged if a file was written over since it was inspected; one that another
+    took the name of stays open and readable until this is freed.
+    """
+
+    def __init__(self, inspection: Inspection, args: Mapping[str, Any], shown: str, follow: bool = False):
+        """Open the files; `args` are GPTConfig's fields. Raises FileChanged."""
+        self.config = GPTConfig(**args)
+        self._inspection, self._args, self._shown = inspection, dict(args), shown
+        self._files: dict[str, int] = {}
+        weakref.finalize(self, _close, self._files)
+        for file in inspection.identities:
+            self._files[file] = open_descriptor(inspection.folder / file, follow=follow)
+            self._check(file)
+        with torch.device("meta"):
+            self._names = [name for name, _ in GPT(self.config).named_parameters()]
+
+    def _check(self, file: str) -> None:
+        if identity(self._files[file]) != self._inspection.identities[file]:
+            raise FileChanged(f"{self._shown} changed while it was read")
+
+    def get_parameter(self, name: str) -> Tensor:
+        """Return the tensor of one of our names, in our layout."""
+        file, place = self._inspection.places[name]
+        tensor = _read_tensor(self._files[file], place)
+        self._check(file)
+        if tensor is None:
+            raise FileChanged(f"{self._shown} changed while it was read")
+        turned = self._inspection.kind == "huggingface" and name.endswith(TRANSPOSED)
+        return tensor.t().contiguous() if turned else tensor
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Give names and tensors in GPT's order; a tied head is not among them."""
+        for name in self._names:
+            yield name, self.get_parameter(name)
+
+    def load(self) -> GPT:
+        """Return the model with all of its weights in memory; see `assemble`."""
+        return assemble(self._args, dict(self.named_parameters()), self._shown)
+
+
+def _close(files: dict[str, int]) -> None:
+    for descriptor in files.values():
+        os.close(descriptor)
 
 
 def require_vocabulary(tokenizer: Tokenizer, vocab_size: int, shown: str) -> Tokenizer:

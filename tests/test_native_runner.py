@@ -5,6 +5,7 @@ import ctypes
 import math
 import random
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from torch.nn import functional as F
 from inference.native import build
 from inference.native_runner import NativeRunner
 from model import GPT, GPTConfig
+from storage.inspection import inspect_checkpoint
+from storage.pretrained import StoredModel, export
+from storage.tokenizer import char_tokenizer
 
 REASON = NativeRunner.unsupported(GPTConfig(n_layer=1, n_head=1, n_embd=16, block_size=8, vocab_size=16), "fp32")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -350,6 +354,45 @@ def test_the_model_may_be_freed_once_it_is_packed():
         for p in model.parameters():
             p.fill_(math.nan)
     assert torch.equal(prefill(runner, [1, 2, 3]), before)
+
+
+PEAK = """
+import resource, sys
+from pathlib import Path
+from inference.native_runner import NativeRunner
+from storage.checkpoints import open_model
+from storage.registry import ModelReference
+from storage.runs import Workspace
+
+opened = open_model(ModelReference("m", "folder", Path(sys.argv[1]), "m"), Workspace(Path(sys.argv[1]).parent))
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+runner = NativeRunner(opened.model, slots=1, dtype="int8", threads=1)
+print((peak() - before) * 1024, runner.packed_bytes)
+"""
+
+
+def test_a_model_in_its_files_is_packed_with_little_more_memory_than_the_packed_takes(tmp_path):
+    model = GPT(GPTConfig(n_layer=4, n_head=12, n_embd=768, block_size=32, vocab_size=256))  # 114 MB in float32
+    export(model, char_tokenizer("abc"), tmp_path / "m")
+    command = [sys.executable, "-c", PEAK, str(tmp_path / "m")]
+    done = subprocess.run(command, cwd=build.HERE.parent.parent, capture_output=True, text=True, timeout=50, check=True)
+    more, packed = map(int, done.stdout.split())
+    assert packed < 30e6 and more < 1.3 * packed + 20e6
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_model_in_its_files_gives_the_logits_of_the_one_in_memory(shape, tmp_path):
+    model = model_of(SHAPES[shape])
+    path = tmp_path / "out" / "m" / "ckpt.pt"
+    path.parent.mkdir(parents=True)
+    config = model.config
+    state = {"model": model.state_dict(), "model_args": config.model_args(), "config": {}, "iter_num": 1}
+    torch.save({**state, "best_val_loss": 1.0, "activation": config.activation, "tied": config.tied}, path)
+    inspection = inspect_checkpoint(path, "m")
+    stored = StoredModel(inspection, inspection.model_args, "m")
+    expected = prefill(NativeRunner(model, slots=1, dtype="int8", threads=1), [0] * 9)
+    assert torch.equal(prefill(NativeRunner(stored, slots=1, dtype="int8", threads=1), [0] * 9), expected)
 
 
 def test_memory_of_slots_is_taken_when_they_are_used():

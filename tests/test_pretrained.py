@@ -9,9 +9,9 @@ import torch
 from model import GPT, GPTConfig
 from storage import pretrained
 from storage.chat_format import end_of_turn, parse_messages, render, with_chat_tokens
-from storage.checkpoints import load_model
+from storage.checkpoints import load_model, open_model
 from storage.errors import NotLoadable
-from storage.pretrained import export, load_folder
+from storage.pretrained import FileChanged, export, load_folder
 from storage.registry import ModelReference, resolve
 from storage.runs import Workspace
 from storage.tokenizer import char_tokenizer, train_bpe
@@ -215,6 +215,31 @@ def test_a_folder_that_is_exported_anew_while_it_is_read_is_never_mixed(exported
     loaded = load_model(ModelReference("m", "folder", exported, "out/m"), Workspace(exported.parent), said.append)
     assert torch.equal(loaded.model.lm_head.weight, new.lm_head.weight)
     assert said[1] == "out/m changed while it was read; starting again"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_opened_model_reads_its_weights_one_by_one_and_as_they_are(tmp_path, tokenizer, tied):
+    model = GPT(GPTConfig(**{**SMALL.model_args(), "activation": "gelu_new", "tied": tied}))
+    export(model, tokenizer, tmp_path / "m")
+    opened = open_model(ModelReference("m", "folder", tmp_path / "m", "m"), Workspace(tmp_path))
+    assert opened.model.config == model.config and opened.tokenizer.fingerprint == tokenizer.fingerprint
+    for (name, read), (expected, p) in zip(opened.model.named_parameters(), model.named_parameters(), strict=True):
+        assert name == expected and torch.equal(read, p)
+    x = torch.arange(8)[None]
+    assert torch.equal(opened.model.load()(x)[0], model.eval()(x)[0])
+
+
+def test_an_opened_model_stays_itself_when_another_takes_its_name_and_is_refused_when_written_over(exported, tokenizer):
+    reference, workspace = ModelReference("m", "folder", exported, "m"), Workspace(exported.parent)
+    opened = open_model(reference, workspace)
+    before = opened.model.get_parameter("transformer.wte.weight")
+    export(GPT(SMALL), tokenizer, exported)
+    assert torch.equal(opened.model.get_parameter("transformer.wte.weight"), before)
+    opened = open_model(reference, workspace)
+    assert not torch.equal(opened.model.get_parameter("transformer.wte.weight"), before)
+    os.truncate(exported / "model.safetensors", 5000)
+    with pytest.raises(FileChanged, match="m changed while it was read"):
+        opened.model.get_parameter("transformer.ln_f.weight")
 
 
 def test_weights_are_dense_in_memory_of_their_own(exported):
