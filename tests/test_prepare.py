@@ -197,7 +197,7 @@ class Stream:
                 raise RuntimeError("first line" + chr(10) + "second line")
             yield {"text": f"document {i}", "url": "https://example.org"}
 
-def load_dataset(repository, split, streaming, revision="main"):
+def load_dataset(repository, split, streaming, name=None, revision="main"):
     assert streaming and split == "train"
     return Stream()
 """
@@ -291,7 +291,7 @@ def test_shakespeare_char_makes_the_files_of_nanogpt(data, shared):
     assert np.fromfile(theirs / "train.bin", dtype="<u2")[0] == stoi["F"]
 
 
-@pytest.mark.parametrize("name", ["tinystories", "openwebtext"])
+@pytest.mark.parametrize("name", ["tinystories", "openwebtext", "fineweb-edu"])
 def test_a_streamed_dataset_goes_on_after_a_break(hub, data, name, monkeypatch):
     monkeypatch.setenv("HUB_BREAKS_AT", "60")
     done = run(data, name, "--limit_bytes", "10000")
@@ -302,3 +302,67 @@ def test_a_streamed_dataset_goes_on_after_a_break(hub, data, name, monkeypatch):
     assert "going on after 60 documents" in run(data, name, "--limit_bytes", "10000").stdout
     assert read_lines(data / name / "documents.jsonl") == [f"document {i}" for i in range(100)]
     assert run(data, name).returncode == 0
+
+
+# ---- the real library, on local files of the same shape
+
+ON_THE_HUB = {  # dataset -> its files on the hub, and what a record has there beside its text
+    "tinystories": (
+        ["roneneldan/TinyStories/data/train-00000-of-00002.parquet"]
+        + ["roneneldan/TinyStories/data/train-00001-of-00002.parquet"]
+        + ["roneneldan/TinyStories/data/validation-00000-of-00001.parquet"],
+        {},
+    ),
+    "openwebtext": (
+        [f"Skylion007/openwebtext/plain_text/partial-train/000{i}.parquet" for i in range(2)],
+        {},
+    ),
+    "fineweb-edu": (
+        [f"HuggingFaceFW/fineweb-edu/sample/10BT/00{i}_00000.parquet" for i in range(2)]
+        + ["HuggingFaceFW/fineweb-edu/data/CC-MAIN-2024-10/train-00000-of-00014.parquet"],
+        {"id": "<urn:uuid:0>", "url": "https://example.org", "score": 3.2, "int_score": 3, "token_count": 9},
+    ),
+}
+CARD = """---
+configs:
+- config_name: default
+  data_files: [{split: train, path: data/*/*}]
+- config_name: sample-10BT
+  data_files: [{split: train, path: sample/10BT/*}]
+---
+"""
+ALL = """
+import runpy, sys
+for script in sys.argv[1:]:
+    sys.argv = [script]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        assert end.code == 0, script
+"""
+
+
+def write_hub(root: Path) -> None:
+    """Write files as the hub has them; each file's texts carry its name."""
+    import pyarrow
+    import pyarrow.parquet
+
+    for files, more in ON_THE_HUB.values():
+        for file in files:
+            (root / file).parent.mkdir(parents=True, exist_ok=True)
+            rows = [{"text": f"{file} {i}\r\n“quoted”", **more} for i in range(3)]
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), root / file)
+    (root / "HuggingFaceFW/fineweb-edu/README.md").write_text(CARD)
+
+
+def test_the_real_library_streams_files_of_the_hubs_shape(data, tmp_path):
+    write_hub(tmp_path / "hub")
+    argv = [sys.executable, "-c", ALL, *(str(data / name / "prepare.py") for name in ON_THE_HUB)]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(argv, cwd=tmp_path / "hub", env=env, capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode == 0, done.stderr
+    for name, (files, _) in ON_THE_HUB.items():
+        wanted = [file for file in files if "validation" not in file and "CC-MAIN" not in file]
+        assert [text.split()[0] for text in read_lines(data / name / "documents.jsonl")] == [
+            file for file in wanted for _ in range(3)
+        ]
