@@ -134,6 +134,7 @@ def test_a_plain_client_that_leaves_frees_its_slot_also_while_it_waits(server):
 def test_what_is_no_http_is_answered_in_json(server):
     with raw(server, b"FOO\x01 /health HTTP/1.1\r\n\r\n") as connection:
         reply = connection.recv(4096)
+    assert b"\r\nX-Request-Id: req-" in reply
     assert reply.startswith(b"HTTP/1.1 400") and json.loads(reply.partition(b"\r\n\r\n")[2])["error"]
 
 

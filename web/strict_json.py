@@ -152,6 +152,8 @@ class StrictRequest(Request):
 
     def _whole_body(self) -> bytes:
         data = self.get_data(cache=False)
+        if len(data) < (self.content_length or 0):  # it ended early, or the server has ended it for being too slow
+            raise RequestTimeout("the body did not come in time")
         self.body_read = True
         return data
 

@@ -1,7 +1,7 @@
 """The worker: gunicorn's threaded worker, with what it lacks for long streams and rude clients.
 
     - A connection takes a thread when its first byte is there, not before: silent ones cost none.
-    - A socket has deadlines: a sender that stops is cut after READ_SECONDS, a reader after WRITE_SECONDS.
+    - A sender has a deadline and slow ones few threads (`receiving`); a reader that stops is cut after WRITE_SECONDS.
     - A connection is closed without waiting on the loop that accepts the others.
     - SIGTERM: refuse new connections at once, give running requests the drain time, end the others with 503.
     - A worker shows signs of life from its birth, also while it imports and loads.
@@ -25,6 +25,7 @@ import struct
 import sys
 import threading
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -33,8 +34,11 @@ from typing import Any, Protocol
 from gunicorn.http import errors as http
 from gunicorn.workers.gthread import TConn, ThreadWorker
 
+from web.receiving import Receiver
+
 log = logging.getLogger(__name__)
 
+SLOW_PLACES = 64  # threads that may wait for slow senders
 READ_SECONDS = 10
 WRITE_SECONDS = 30
 BOOT_SECONDS = 120  # in which a worker must have begun to serve
@@ -77,6 +81,12 @@ class Connection(TConn):  # type: ignore[misc]
         self.worker = worker
         self.lingered = 0  # bytes thrown away while waiting for the client to close
 
+    def init(self) -> None:
+        """Make the parser, and have it read what comes in time."""
+        if not self.initialized:
+            super().init()
+            self.parser.unreader = Receiver(self.sock, self.worker.slow_places)
+
     def close(self, graceful: bool = False) -> None:
         """Close; gracefully means to let the client read the reply first."""
         if graceful:
@@ -107,6 +117,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.lingering: deque[Connection] = deque()
+        self.slow_places = threading.Semaphore(SLOW_PLACES)
 
     # --- starting and stopping ---
 
@@ -209,6 +220,12 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         while self.lingering and self.lingering[0].timeout <= now:
             self._end_linger(self.lingering[0])
 
+    def handle(self, conn: Connection) -> Any:
+        """Handle the next request of a connection, in a thread of the pool."""
+        if conn.initialized:
+            conn.parser.unreader.begin()
+        return super().handle(conn)
+
     # --- errors before the application ---
 
     def handle_error(self, req: Any, client: socket.socket, addr: Any, exc: BaseException) -> None:
@@ -219,6 +236,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             log.error("a request failed outside the application", exc_info=exc)
         body = json.dumps({"error": message}).encode()
         head = f"HTTP/1.1 {status} {reason}\r\nConnection: close\r\nContent-Type: application/json\r\n"
+        head += f"X-Request-Id: req-{uuid.uuid4().hex}\r\n"
         with contextlib.suppress(OSError):
             client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
 
