@@ -18,6 +18,7 @@ from pathlib import Path
 import requests
 
 ROOT = Path(__file__).resolve().parent.parent
+FAULTY = ROOT / "tests" / "faults" / "faulty_server.py"
 PATIENCE = 40.0  # seconds; a machine that runs other tests is slow
 LONG = {"prompt": "Once", "max_new_tokens": 2000, "temperature": 1.5}
 
@@ -125,3 +126,32 @@ def request_of(server: Process, body: dict, length: int | None = None) -> bytes:
     data = json.dumps(body).encode()
     head = f"POST /api/generate HTTP/1.1\r\nHost: localhost:{server.port}\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {len(data) if length is None else length}\r\n\r\n".encode() + data
+
+
+class Streams:
+    """Clients that read a stream to its end, each in a thread of its own; `lines` is what they were told."""
+
+    def __init__(self, server: Process, count: int, tokens: int = 2000):
+        self.lines: list[list[str]] = [[] for _ in range(count)]
+        self.threads = [threading.Thread(target=self._read, args=(server, lines, tokens)) for lines in self.lines]
+        for thread in self.threads:
+            thread.start()
+
+    def _read(self, server: Process, lines: list[str], tokens: int) -> None:
+        body = {"prompt": "Once", "max_tokens": tokens, "ignore_eos": True, "stream": True}
+        with (
+            contextlib.suppress(requests.RequestException),
+            server.post("/v1/completions", body, stream=True) as reply,
+        ):
+            for line in reply.iter_lines(decode_unicode=True):
+                if line.startswith("data: ") or reply.status_code != 200:
+                    lines.append(line.removeprefix("data: "))
+
+    def ended(self) -> bool:
+        return not any(thread.is_alive() for thread in self.threads)
+
+
+def set_fault(server: Process, kind: str) -> None:
+    """Have the next step of `faulty_server.py` go wrong; "slow" lasts until `fault` is deleted."""
+    (server.root / "fault.new").write_text(kind)
+    (server.root / "fault.new").rename(server.root / "fault")

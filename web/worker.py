@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 SLOW_PLACES = 64  # threads that may wait for slow senders
 READ_SECONDS = 10
-WRITE_SECONDS = 30
+WRITE_SECONDS = 15  # without progress; one write may make some once, so that a reader is cut after 30 at most
 BOOT_SECONDS = 120  # in which a worker must have begun to serve
 LINGER_SECONDS = 1.0  # for the client to take the reply and close, before we do
 LINGER_BYTES = 8 * 2**20
