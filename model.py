@@ -109,7 +109,7 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         heads = self.c_attn(x).view(B, T, 3, self.n_head, self.head_size)
         q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, nh, T, hs)
-        if cache is None and T <= SHORT and x.requires_grad and x.device.type == "cpu":
+        if cache is None and T <= SHORT and q.requires_grad and x.device.type == "cpu":
             y = short_attention(q, k, v)
         elif cache is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from learning import lora
 from learning.machine import Machine
 from learning.optimizers import optimizers
 from learning.start import start
@@ -198,7 +199,7 @@ class Trainer:
         if not all(p.isfinite().all() for p in self.model.parameters()):
             raise Diverged(f"a weight is no longer a number at iteration {self.iter_num}; lower learning_rate")
         shape = self.model.config
-        weights = {"model": self.model.state_dict(), "optimizer": named["adamw"] if len(named) == 1 else named}
+        weights = lora.saved(self.model) | {"optimizer": named["adamw"] if len(named) == 1 else named}
         about = {"model_args": shape.model_args(), "activation": shape.activation, "tied": shape.tied}
         reached = {"iter_num": self.iter_num, "evaluated": self.evaluated, **self.best.state()}
         reached["roll_backs"] = self.roll_backs.state()
@@ -229,7 +230,7 @@ def save(trainer: Trainer, run: Run, best: bool) -> None:
     if trainer.team.rank == 0:
         checkpoints.save_checkpoint(run.checkpoint, state)
         if best:
-            checkpoints.save_checkpoint(run.best, state | {"optimizer": None})
+            checkpoints.save_checkpoint(run.best, {**state, "optimizer": None, "lora": {}})
     trainer.saved = trainer.iter_num
 
 
@@ -252,8 +253,8 @@ def roll_back(trainer: Trainer, workspace: Workspace, run: Run, reason: Diverged
     if state is None and trainer.config.init_from == "resume":
         raise reason
     trainer.roll_backs.again(reason, 0 if state is None else state["iter_num"])
-    model = start(trainer.config, workspace, run, first=False)[0].state_dict() if state is None else state["model"]
-    trainer.model.load_state_dict(model)
+    to = {"model": start(trainer.config, workspace, run, first=False)[0].state_dict()} if state is None else state
+    trainer.model.load_state_dict(lora.take_weights(to))
     trainer.begin()
     if state is not None:
         trainer.restore(state)

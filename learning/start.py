@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from learning import lora
 from learning.vocabulary import rows_for, with_rows
 from model import GPT, GPTConfig
 from storage import checkpoints, tokenizer
@@ -35,9 +36,9 @@ def start(config: TrainConfig, workspace: Workspace, run: Run, first: bool) -> t
         path = checkpoints.newest_valid(run, print)
         print(f"resuming from {run.relative}/{path.name}")
         state = checkpoints.load_training_state(path)
-        require_resumable(state, path.name)
+        require_resumable(state, path.name, config)
         shape = GPTConfig(**state["model_args"], activation=state["activation"], tied=state["tied"])
-        weights = state.pop("model")
+        weights = lora.take_weights(state)
     elif config.init_from == "scratch":
         if first:
             tokenizer_for(config.tokenizer, data, workspace, PreparationLine()).save(run.tokenizer)
@@ -57,6 +58,8 @@ def start(config: TrainConfig, workspace: Workspace, run: Run, first: bool) -> t
         weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: shape.block_size]
     torch.manual_seed(config.seed)
     model = GPT(shape)
+    if config.lora_rank is not None:
+        lora.adapt(model, config.lora_rank, config.lora_alpha)
     if weights is not None:
-        model.load_state_dict(weights)
+        model.load_state_dict(model.state_dict() | weights)  # new adapters stay as they are
     return model, tokenizer.load(run.tokenizer), state

@@ -14,7 +14,7 @@ from pydantic import Field, field_validator
 from storage.errors import BadName
 from storage.files import check_name
 from storage.registry import BUNDLED, PRETRAINED
-from training.presets import COMMON, FINE_TUNING, PRESETS
+from training.presets import ADAPTERS, COMMON, FINE_TUNING, PRESETS
 from training.strict_model import ConfigError, StrictModel, errors_to_sentence
 
 __all__ = ["PRESETS", "ConfigError", "TrainConfig", "errors_to_sentence", "resolve"]
@@ -56,6 +56,15 @@ class TrainConfig(StrictModel):
     block_size: int | None = option("model", "context in tokens; a trained model's may be lowered", ge=1, le=65536)
     bias: bool | None = option("model", "biases in linear layers and layer norms")
     dropout: float | None = option("model", "dropout while training", ge=0, lt=1)
+    lora_rank: int | None = option(
+        "model",
+        "fine-tuning: train adapters of this rank, a fraction of the memory; default: all weights",
+        ge=1,
+        le=1024,
+    )
+    lora_alpha: float | None = option(
+        "model", "the adapters count lora_alpha / lora_rank times; default: twice", gt=0, le=65536
+    )
 
     batch_size: int | None = option("batches", "windows per step of all processes together", ge=1, le=4096)
     gradient_accumulation_steps: int | None = option("batches", "steps per iteration", ge=1, le=65536)
@@ -154,6 +163,8 @@ def resolve(config: TrainConfig, pretrained: Sequence[str] = (*PRETRAINED, BUNDL
         defaults = FINE_TUNING
     else:
         defaults = {k: v for k, v in PRESETS[model_type].items() if k not in (*FROM_SCRATCH, "block_size")}
+    if config.lora_rank is not None:
+        defaults = defaults | ADAPTERS
     fields = COMMON | defaults | config.given() | {"model_type": model_type, "init_from": init_from}
     return TrainConfig.parse(fields | _following(fields, config))
 
@@ -168,6 +179,9 @@ def _following(fields: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
         raise ConfigError(f"min_lr {rest['min_lr']:g} is greater than learning_rate {rate:g}")
     if fields["init_from"] == "scratch":
         _check_shape(rest)
+    _check_adapters(rest)
+    if rest.get("lora_rank") is not None:
+        rest = {"lora_alpha": 2.0 * rest["lora_rank"]} | rest
     return rest
 
 
@@ -177,6 +191,16 @@ def _check_shape(fields: dict[str, Any]) -> None:
     window = fields.get("window")
     if window is not None and window > fields["block_size"]:
         raise ConfigError(f"window is {window}; it must be at most block_size {fields['block_size']}")
+
+
+def _check_adapters(fields: dict[str, Any]) -> None:
+    rank, alpha = fields.get("lora_rank"), fields.get("lora_alpha")
+    if rank is None and alpha is not None:
+        raise ConfigError(f"lora_alpha is {alpha:g} without lora_rank; it belongs to adapters")
+    if rank is not None and fields["init_from"] == "scratch":
+        raise ConfigError(
+            f"lora_rank is {rank}; adapters are for fine-tuning, and a model from scratch has no weights yet"
+        )
 
 
 def choices(annotation: Any) -> list[Any]:

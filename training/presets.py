@@ -58,5 +58,8 @@ FINE_TUNING: dict[str, Any] = {
     "sample_tokens": 32,
 }
 
+# Adapters start from nothing, and take a higher rate than weights that are good already.
+ADAPTERS: dict[str, Any] = {"learning_rate": 3e-4}
+
 # What no preset decides.
 COMMON: dict[str, Any] = {"gradient_accumulation_steps": 1, "dropout": 0.0, "sample_tokens": 64}

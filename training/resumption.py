@@ -2,15 +2,19 @@
 
 from typing import Any
 
-from training.config import ConfigError
+from training.config import ConfigError, TrainConfig
 
 
-def require_resumable(state: dict[str, Any], name: str) -> None:
-    """Raise ConfigError for a checkpoint that holds weights, but not all that decides the next iteration."""
+def require_resumable(state: dict[str, Any], name: str, config: TrainConfig) -> None:
+    """Raise ConfigError for a checkpoint without all that decides the next iteration, or of other adapters."""
     missing = [key for key in ("optimizer", "data_state") if not state.get(key)]
     if missing:
         instead = "start a new run with init_from instead"
         raise ConfigError(f"{name} cannot be resumed, it has no {', '.join(missing)}; {instead}")
+    for field in ("lora_rank", "lora_alpha"):
+        before, now = state["config"].get(field), getattr(config, field)
+        if before != now:
+            raise ConfigError(f"{field} is {now}; {name} was trained with {before}, and a resumed run keeps it")
 
 
 def warn_of_differences(before: dict[str, Any], now: dict[str, Any]) -> None:
