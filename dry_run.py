@@ -36,7 +36,7 @@ def measure(config: TrainConfig, workspace: Workspace, run: Run) -> dict[str, An
     machine, team = Machine.of(config), Team()
     model, text, _ = start(config, workspace, run, first=True)
     splits = dataset(workspace, config.dataset).prepare(text, PreparationLine())
-    check_fit(config, splits, model.config.vocab_size, model.config.block_size, team.world)
+    check_fit(config, splits, model.config, team.world)
     trainer = Trainer(config, machine, team, model, splits, StopSignal())
     updates = []
     for _ in range(ITERATIONS):

@@ -24,6 +24,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),  # OpenAI's GPT-2 and its name in transformers
 }
 LAYER_NORM_EPS = 1e-5
+WHOLE_LOGITS = 2**25  # numbers; more are computed a part at a time: 4 windows of 256 tokens with GPT-2's vocabulary are
 SHORT = 64  # tokens; the backward of the CPU's flash attention in bf16 is slower than plain products up to here
 
 
@@ -152,6 +153,46 @@ def embedding(rows: int, width: int) -> nn.Embedding:
     return nn.Embedding(rows, width, _weight=torch.empty(rows, width))
 
 
+class LossInParts(torch.autograd.Function):
+    """The mean cross-entropy of hidden states (N, C) under a head (V, C), with logits for a few rows at a time.
+
+    Logits of all rows would be most of a training's memory. Their gradient is known as soon as they are, so the
+    gradients of states and head are made in the forward pass, and nothing is computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, head: Tensor, targets: Tensor, dtype: torch.dtype, gradients: bool) -> Tensor:
+        """Return the loss; products are in `dtype`; target -1 is left out."""
+        w, count = head.to(dtype), (targets != -1).sum()
+        dx = torch.empty_like(x) if gradients and x.requires_grad else None
+        dhead = torch.zeros_like(head) if gradients and head.requires_grad else None
+        total = torch.zeros((), device=x.device)
+        size = max(1, WHOLE_LOGITS // (2 * len(head)))
+        for i in range(0, len(x), size):
+            h, target = x[i : i + size].to(dtype), targets[i : i + size]
+            kept, wanted = target != -1, target.clamp(min=0)[:, None]
+            logits = (h @ w.T).float()
+            norm = logits.logsumexp(-1, keepdim=True)
+            total += (norm - logits.gather(-1, wanted))[kept].sum()
+            if dx is None and dhead is None:
+                continue
+            slope = logits.sub_(norm).exp_()  # the gradient of the sum: softmax, less 1 at the target
+            slope.scatter_add_(-1, wanted, slope.new_full(wanted.shape, -1.0))
+            slope = slope.mul_(kept[:, None]).to(dtype)
+            if dx is not None:
+                dx[i : i + size] = (slope @ w / count).to(dx.dtype)
+            if dhead is not None:
+                dhead += slope.T @ h
+        ctx.save_for_backward(dx, None if dhead is None else dhead.div_(count))
+        return total / count
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients, as many as `forward` has arguments."""
+        dx, dhead = (None if d is None else d * grad for d in ctx.saved_tensors)
+        return dx, dhead, None, None, None
+
+
 class GPT(nn.Module):
     """A GPT-2 model. Parameter names are nanoGPT's, which are GPT-2's: wte, wpe, h, ln_f, lm_head."""
 
@@ -234,12 +275,27 @@ class GPT(nn.Module):
         cache: Cache | None = None,
         positions: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return logits (B, T, V) and, with targets (B, T), their mean cross-entropy in nats; target -1 is left out."""
-        logits = self.lm_head(self.hidden(idx, cache, positions))
+        """Return logits (B, T, V) and, with targets (B, T), their mean cross-entropy in nats; target -1 is left out.
+
+        Where a loss has more than WHOLE_LOGITS logits, they are never there as a whole, and come back empty.
+        """
+        x = self.hidden(idx, cache, positions)
+        if targets is not None and targets.numel() * self.config.vocab_size > WHOLE_LOGITS:
+            return x.new_empty(0), self.loss_in_parts(x.flatten(0, 1), targets.flatten())
+        logits = self.lm_head(x)
         if targets is None:
             return logits, None
         loss = F.cross_entropy(logits.view(-1, logits.size(-1)).float(), targets.view(-1), ignore_index=-1)
         return logits, loss
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def loss_in_parts(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of hidden states (N, C) for targets (N), in autocast's precision where it is on."""
+        device, w = x.device.type, self.lm_head.weight
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else w.dtype
+        with torch.autocast(device, enabled=False):
+            loss: Tensor = LossInParts.apply(x, w, targets, dtype, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+        return loss
 
     @torch.inference_mode()
     def generate(

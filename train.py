@@ -293,7 +293,7 @@ def train(config: TrainConfig, workspace: Workspace, run: Run, team: Team, outco
     splits = dataset(workspace, config.dataset).prepare(text, PreparationLine())
     if first:
         team.sum(0)  # a sum waits for all
-    check_fit(config, splits, model.config.vocab_size, model.config.block_size, team.world)
+    check_fit(config, splits, model.config, team.world)
     trainer = Trainer(config, machine, team, model, splits, stop)
     report = Report(run if first else None, config, machine.name)
     if state:

@@ -1,11 +1,13 @@
 """The model against its specification: transformers' GPT-2, cross-entropy written out, and itself with a cache."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+import model as model_file
 from model import GPT, GPTConfig, short_attention
 from storage.pretrained import export, load_folder
 from storage.tokenizer import char_tokenizer
@@ -97,6 +99,56 @@ def test_ours_exported_loads_there_with_the_same_logits(tmp_path, shape, tied, b
 
 
 # ---- loss
+
+
+def in_parts(monkeypatch, model, x, y, numbers=60):
+    """Return loss and gradients with logits of so many numbers at most."""
+    with monkeypatch.context() as patch:
+        patch.setattr(model_file, "WHOLE_LOGITS", numbers)
+        logits, loss = model(x, y)
+    (3 * loss).backward()
+    assert logits.numel() == 0
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("numbers", [1, 60, 479])
+@pytest.mark.parametrize("frozen", ["", "wte", "h."])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_loss_in_parts_has_the_value_and_the_gradients_of_the_whole(monkeypatch, tied, frozen, numbers):
+    model = shaken(GPT(replace(TINY, tied=tied)))
+    for name, p in model.named_parameters():
+        p.requires_grad_(not (frozen and frozen in name))
+    x, y = ids(TINY), ids(TINY)
+    y[0, 3:7] = -1
+    loss = model(x, y)[1]
+    (3 * loss).backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    found, gradients = in_parts(monkeypatch, model, x, y, numbers)
+    torch.testing.assert_close(found, loss.detach())
+    torch.testing.assert_close(gradients, expected)
+
+
+def test_a_loss_in_parts_follows_autocast(monkeypatch):
+    model, x, y = shaken(GPT(TINY)), ids(TINY), ids(TINY)
+    whole, gradients = in_parts(monkeypatch, model, x, y)
+    model.zero_grad(set_to_none=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded, near = in_parts(monkeypatch, model, x, y)
+    assert rounded != whole and near.keys() == gradients.keys()
+    torch.testing.assert_close(rounded, whole, rtol=0.02, atol=0.02)
+    head = "transformer.wte.weight"
+    assert (near[head] - gradients[head]).norm() < 0.05 * gradients[head].norm()
+
+
+def test_a_loss_in_parts_without_gradients_is_the_same(monkeypatch):
+    model, x, y = shaken(GPT(TINY)), ids(TINY), ids(TINY)
+    whole = model(x, y)[1]
+    monkeypatch.setattr(model_file, "WHOLE_LOGITS", 60)
+    with torch.no_grad():
+        loss = model(x, y)[1]
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, whole.detach())
 
 
 def test_the_loss_is_the_mean_cross_entropy_of_the_targets():

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import train
+from model import GPTConfig
 from storage import checkpoints, registry
 from storage.datasets import Splits
 from storage.errors import NoSpace
@@ -449,10 +450,10 @@ def test_what_cannot_fit_is_refused_before_it_is_tried():
     tokens = np.zeros(10_000, np.uint16)
     splits = Splits(tokens, tokens, 1.0, char_tokenizer("ab"), "sums")
     config = train.resolve(TrainConfig(dataset="sums", output_dir="a", batch_size=4096, block_size=1024))
-    with pytest.raises(ConfigError, match=r"GB for the logits alone, and .* are free; lower batch_size or window"):
-        check_fit(config, splits, vocab_size=50304, context=1024, world=1)
+    with pytest.raises(ConfigError, match=r"GB for activations alone, and .* are free; lower batch_size or window"):
+        check_fit(config, splits, GPTConfig(n_layer=12, n_embd=768), world=1)
     with pytest.raises(ConfigError, match="tokenizer char has 2 tokens, more than the model's vocabulary of 1"):
-        check_fit(config, splits, vocab_size=1, context=1024, world=1)
+        check_fit(config, splits, GPTConfig(vocab_size=1), world=1)
     odd = config.model_copy(update={"batch_size": 3})
     with pytest.raises(ConfigError, match="batch_size is 3; 2 processes need a multiple of 2"):
-        check_fit(odd, splits, vocab_size=64, context=1024, world=2)
+        check_fit(odd, splits, GPTConfig(), world=2)

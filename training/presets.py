@@ -43,7 +43,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 # Shape, context and tokenizer come with the model. A window below the context keeps memory small
-# (the logits of 50 257 classes dominate it) and leaves the model's context as it is.
+# and leaves the model's context as it is.
 FINE_TUNING: dict[str, Any] = {
     "window": 256,
     "batch_size": 4,

@@ -1,11 +1,15 @@
 """Where a run starts: the model that `init_from` names, and whether model, data and machine fit each other."""
 
+from typing import Any
+
 from storage import registry
 from storage.datasets import Splits
 from storage.runs import Run, Workspace
 from training.config import ConfigError, TrainConfig
 from training.disk_space import parameters
 from training.hardware import available_memory
+
+ACTIVATION_BYTES = 32  # of a token in a layer, by width: what the backward pass needs of the forward one, at least
 
 
 def reference(config: TrainConfig, workspace: Workspace) -> registry.ModelReference:
@@ -34,9 +38,12 @@ def window_of(config: TrainConfig, context: int) -> int:
     return context if config.window is None else min(config.window, context)
 
 
-def check_fit(config: TrainConfig, splits: Splits, vocab_size: int, context: int, world: int) -> None:
-    """Raise ConfigError, before the first iteration, for what would fail in it; `world` processes share a batch."""
-    window = window_of(config, context)
+def check_fit(config: TrainConfig, splits: Splits, shape: Any, world: int) -> None:
+    """Raise ConfigError, before the first iteration, for what would fail in it; `world` processes share a batch.
+
+    `shape` is the model's GPTConfig.
+    """
+    window, vocab_size = window_of(config, shape.block_size), shape.vocab_size
     if splits.tokenizer.n_vocab > vocab_size:
         n, name = splits.tokenizer.n_vocab, splits.tokenizer.name
         raise ConfigError(f"the tokenizer {name} has {n} tokens, more than the model's vocabulary of {vocab_size}")
@@ -47,10 +54,11 @@ def check_fit(config: TrainConfig, splits: Splits, vocab_size: int, context: int
     size, steps = int(config.batch_size or 1), int(config.gradient_accumulation_steps or 1)
     if steps % world and size % world:
         raise ConfigError(f"batch_size is {size}; {world} processes need a multiple of {world} to share it")
-    logits = size // (1 if steps % world == 0 else world) * window * vocab_size * 4
+    rows = size // (1 if steps % world == 0 else world) * window
+    activations = rows * shape.n_layer * shape.n_embd * ACTIVATION_BYTES
     available = available_memory()
-    if available is not None and 3 * logits > available:  # logits, their softmax and their gradient
-        need = f"{3 * logits / 1e9:.1f} GB for the logits alone, and {available / 1e9:.1f} GB are free"
+    if available is not None and activations > available:
+        need = f"{activations / 1e9:.1f} GB for activations alone, and {available / 1e9:.1f} GB are free"
         raise ConfigError(f"batch_size {size} with windows of {window} needs {need}; lower batch_size or window")
 
 
