@@ -10,7 +10,7 @@ import pytest
 from training import metrics
 from training.progress import PreparationLine, ProgressLine, bar, duration, quantity
 from training.report import losses
-from training.windows import WindowOrder, gather
+from training.windows import UnlistedOrder, WindowOrder, gather
 
 # ---- metrics.jsonl
 
@@ -97,6 +97,42 @@ def test_an_epoch_has_every_window_once_in_another_order_than_the_next():
     assert list(first) != sorted(first) and first.max() + 17 <= 1000
     second = order.next(5)
     assert order.state() == {"epoch": 1, "position": 5} and list(second) != list(first[:5])
+
+
+@pytest.mark.parametrize("windows", [1, 2, 3, 62, 1000, 4097])
+def test_an_order_without_a_list_has_every_window_once_and_is_random(monkeypatch, windows):
+    monkeypatch.setattr("training.windows.LISTED", 0)
+    order = WindowOrder(tokens=16 * windows + 16, length=16, seed=3)
+    assert len(order.order) >= windows and isinstance(order.order, UnlistedOrder)
+    first, count = order.next(len(order.order)), len(order.order)
+    assert sorted(first - order.offset) == [16 * i for i in range(count)]
+    second = order.next(min(count, len(order.order)))
+    if windows >= 1000:
+        places = np.argsort(first)
+        assert abs(np.corrcoef(places, np.arange(count))[0, 1]) < 0.15
+        assert (first[: len(second)] != second).mean() > 0.9
+
+
+def test_an_order_without_a_list_goes_on_where_it_stopped(monkeypatch):
+    monkeypatch.setattr("training.windows.LISTED", 0)
+    straight, stopped, again = (WindowOrder(10_000, 16, seed=7) for _ in range(3))
+    expected = [straight.next(90) for _ in range(20)]
+    for part in expected[:11]:
+        assert np.array_equal(stopped.next(90), part)
+    again.restore(stopped.state())
+    assert all(np.array_equal(again.next(90), part) for part in expected[11:])
+
+
+def test_an_order_of_a_huge_split_takes_no_memory():
+    order = WindowOrder(tokens=10**15, length=1024, seed=1)
+    starts = order.next(1000)
+    assert (
+        isinstance(order.order, UnlistedOrder)
+        and len(set(starts)) == 1000
+        and starts.min() >= 0
+        and starts.max() < 10**15 - 1024
+    )
+    assert 0.45 < starts.mean() / 10**15 < 0.55
 
 
 def test_windows_go_on_exactly_where_a_saved_order_stopped():

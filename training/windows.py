@@ -2,7 +2,8 @@
 
 An epoch cuts the tokens into windows of equal length, from an offset of its own, and permutes them. The state
 is two numbers, epoch and position, so a run that is resumed goes on with the very window it would have taken.
-Tokens are read from the memory map at the last moment; nothing here is a tensor.
+Tokens are read from the memory map at the last moment; nothing here is a tensor. The order of more windows than
+LISTED is computed as it is asked for, and takes no memory, however large the split is.
 """
 
 from typing import Any
@@ -11,6 +12,38 @@ import numpy as np
 import numpy.typing as npt
 
 Tokens = npt.NDArray[Any]  # uint16 or uint32, usually a np.memmap
+
+LISTED = 2**23  # windows: an order in memory up to here, which takes 32 MB and 0.2 s
+ROUNDS = 6  # of the network that makes an order without a list; four mix well already
+
+
+class UnlistedOrder:
+    """A seeded random order of the numbers below `count` that is computed item by item.
+
+    A Feistel network permutes the numbers of an even count of bits; what falls outside goes through it again.
+    """
+
+    def __init__(self, count: int, random: np.random.Generator):
+        self.count, self.half = count, ((count - 1).bit_length() + 1) // 2
+        self.keys = random.integers(2**63, size=ROUNDS, dtype=np.uint64) | np.uint64(1)
+
+    def _mixed(self, numbers: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+        half, low = np.uint64(self.half), np.uint64(2**self.half - 1)
+        left, right = numbers >> half, numbers & low
+        for key in self.keys:
+            hashed = (right + (key >> np.uint64(32))) * key
+            left, right = right, left ^ (((hashed ^ (hashed >> np.uint64(29))) * key) >> np.uint64(64 - self.half))
+        return (left << half) | right
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, part: slice) -> npt.NDArray[np.int64]:
+        """Return the items of a slice."""
+        numbers = self._mixed(np.arange(*part.indices(self.count), dtype=np.uint64))
+        while (outside := numbers >= self.count).any():
+            numbers[outside] = self._mixed(numbers[outside])
+        return numbers.astype(np.int64)
 
 
 class WindowOrder:
@@ -27,7 +60,11 @@ class WindowOrder:
         random = np.random.default_rng((self.seed, self.epoch))
         self.offset = int(random.integers(min(self.length, self.tokens - self.length)))
         windows = (self.tokens - 1 - self.offset) // self.length
-        self.order: npt.NDArray[Any] = random.permutation(np.arange(windows, dtype=np.uint32))
+        self.order: npt.NDArray[Any] | UnlistedOrder
+        if windows <= LISTED:
+            self.order = random.permutation(np.arange(windows, dtype=np.uint32))
+        else:
+            self.order = UnlistedOrder(windows, random)
 
     def _starts(self, taken: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
         """Return where windows of the order begin."""
