@@ -9,7 +9,7 @@ from bench.bench_time_to_loss import SHAPE, Point, loss, reached, verdict, watch
 from bench.nanogpt_recipe import Model
 from model import GPT
 
-THEIRS = [Point(250, 20.0, 2.4), Point(500, 40.0, 1.9)]
+THEIRS = [Point(250, 20.0, 30.0, 2.4), Point(500, 40.0, 60.0, 1.9)]
 
 
 def test_a_watcher_keeps_each_checkpoint_that_took_its_place(tmp_path):
@@ -18,14 +18,20 @@ def test_a_watcher_keeps_each_checkpoint_that_took_its_place(tmp_path):
         f"for i in range(3):\n    open('{tmp_path}/new', 'w').write(str(i)); os.replace('{tmp_path}/new', "
         f"'{tmp_path}/ckpt.pt'); time.sleep(0.4)"
     )
-    found = watched([sys.executable, "-c", script], tmp_path / "ckpt.pt", tmp_path / "kept")
-    assert [path.read_text() for _, path in found] == ["0", "1", "2"]
-    assert [seconds for seconds, _ in found] == sorted(seconds for seconds, _ in found)
+    found = watched([sys.executable, "-c", script], tmp_path / "ckpt.pt", tmp_path / "kept", threads=1)
+    assert [path.read_text() for *_, path in found] == ["0", "1", "2"]
+    for clock in (0, 1):
+        assert [point[clock] for point in found] == sorted(point[clock] for point in found)
 
 
 def test_a_training_that_fails_is_an_error_with_its_last_words(tmp_path):
     with pytest.raises(RuntimeError, match="no such data"):
-        watched([sys.executable, "-c", "raise SystemExit('no such data')"], tmp_path / "ckpt.pt", tmp_path / "kept")
+        watched(
+            [sys.executable, "-c", "raise SystemExit('no such data')"],
+            tmp_path / "ckpt.pt",
+            tmp_path / "kept",
+            threads=1,
+        )
 
 
 def test_the_recipes_model_is_ours_in_names_and_arithmetic():
@@ -47,12 +53,17 @@ def test_the_loss_is_the_mean_over_windows_that_do_not_overlap():
 
 
 def test_the_verdict_divides_times_to_the_same_loss():
-    ours = [Point(100, 5.0, 2.0), Point(200, 8.0, 1.8), Point(250, 10.0, 1.7)]
+    ours = [Point(100, 5.0, 8.0, 2.0), Point(200, 8.0, 15.0, 1.8), Point(250, 10.0, 19.0, 1.7)]
     assert reached(ours, 1.9) == ours[1]
     said = verdict([THEIRS], [ours])
-    assert "ours is 5.00 (5.00-5.00) times as fast; aim 5: holds" in said and "1.700 and 2.400 at 250" in said
-    assert "does not hold" in verdict([THEIRS], [[Point(200, 8.1, 1.8)]])
+    assert (
+        "ours is 5.00 (5.00-5.00) times as fast, in CPU time 4.00 (4.00-4.00); aim 5: holds" in said
+        and "1.700 and 2.400 at 250" in said
+    )
+    assert "does not hold" in verdict([THEIRS], [[Point(200, 8.1, 1.0, 1.8)]])
 
 
 def test_a_loss_that_is_never_reached_is_said():
-    assert verdict([THEIRS], [[Point(100, 5.0, 2.0)]]) == "round 0: ours never reached 1.9000; it ended at 2.0000\n"
+    assert (
+        verdict([THEIRS], [[Point(100, 5.0, 5.0, 2.0)]]) == "round 0: ours never reached 1.9000; it ended at 2.0000\n"
+    )
