@@ -18,7 +18,7 @@ from storage.datasets import dataset
 from storage.runs import Run, Workspace
 from storage.tokenizer import Tokenizer
 from storage.tokenizer_choice import fitting, tokenizer_for
-from training.config import TrainConfig
+from training.config import ConfigError, TrainConfig
 from training.progress import PreparationLine
 from training.resumption import require_resumable
 from training.starting_point import reference, require_memory, shorter_context
@@ -53,12 +53,16 @@ def start(config: TrainConfig, workspace: Workspace, run: Run, first: bool) -> t
         weights, shape, n_vocab = loaded.model.state_dict(), loaded.model.config, tokenizer.load(run.tokenizer).n_vocab
         shape = replace(shape, block_size=shorter_context(config, shape.block_size), dropout=config.dropout or 0.0)
         if n_vocab > loaded.tokenizer.n_vocab:
+            if config.lora_rank is not None:  # which leaves the embedding as it is
+                raise ConfigError(
+                    "lora_rank: adapters cannot learn the new tokens of chats; train all weights on chats first"
+                )
             weights = with_rows(weights, loaded.tokenizer.n_vocab, n_vocab)
             shape = replace(shape, vocab_size=max(shape.vocab_size, n_vocab))
         weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: shape.block_size]
     torch.manual_seed(config.seed)
     model = GPT(shape)
-    if config.lora_rank is not None:
+    if config.lora_rank is not None and config.lora_alpha is not None:
         lora.adapt(model, config.lora_rank, config.lora_alpha)
     if weights is not None:
         model.load_state_dict(model.state_dict() | weights)  # new adapters stay as they are

@@ -1,5 +1,7 @@
 """Adapters: they alone are trained, the checkpoint is merged, and a resumed run is exact."""
 
+import json
+
 import pytest
 import torch
 from test_train import Place, place, same_weights, stop_at  # noqa: F401
@@ -136,3 +138,13 @@ def test_adapters_take_a_higher_rate_and_count_twice():
     plain, adapters = resolve(TrainConfig.parse(given)), resolve(TrainConfig.parse(given | {"lora_rank": 8}))
     assert adapters.learning_rate > plain.learning_rate and adapters.lora_alpha == 16
     assert plain.lora_alpha is None
+
+
+def test_new_tokens_of_chats_are_refused_because_the_embedding_stays(place, capsys):  # noqa: F811
+    place.train("base")
+    folder = place.workspace.data / "talk"
+    folder.mkdir()
+    said = [{"role": "user", "content": "1 and 2"}, {"role": "assistant", "content": "make 3, or 2 if you multiply."}]
+    (folder / "chat.jsonl").write_text((json.dumps({"messages": said}) + "\n") * 200)
+    assert place.train("chat", **TUNING | {"dataset": "talk"}) == 2
+    assert "adapters cannot learn the new tokens of chats" in capsys.readouterr().err
