@@ -30,6 +30,7 @@ from storage.registry_file import read_registry
 from storage.runs import Workspace
 from training.jobs import JobManager
 from web import (
+    chat_routes,
     embedding_routes,
     errors,
     file_routes,
@@ -107,6 +108,7 @@ def create_app(settings: Settings, engine: InferenceBackend, jobs: JobManager, w
         native_routes,
         job_routes,
         openai_routes,
+        chat_routes,
         embedding_routes,
         file_routes,
         fine_tuning_routes,

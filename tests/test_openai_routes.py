@@ -1,4 +1,4 @@
-"""OpenAI's inference API: completions, models, tokenizing, and what says that it is not there yet."""
+"""OpenAI's inference API: completions, models, tokenizing, and what they refuse."""
 
 import pytest
 from fakes import FakeServer, byte_tokenizer, events
@@ -293,13 +293,3 @@ def test_tokenize_refuses_what_it_cannot(tmp_path):
     assert "'z'" in error(server.post("/tokenize", {"prompt": "z"}))["message"]
     assert error(server.post("/tokenize", {}))["param"] == "prompt"
     assert server.get("/tokenizer_info").json["eos_token"] is None
-
-
-def test_what_is_not_there_yet_says_so_once(server):
-    reply = server.post("/v1/chat/completions", {})
-    assert error(reply, 501)["type"] == "not_implemented_error"
-    assert reply.headers["x-should-retry"] == "false"
-
-
-def test_chat_names_the_route_to_use(server):
-    assert "/v1/completions" in error(server.post("/v1/chat/completions", {"messages": []}), 501)["message"]

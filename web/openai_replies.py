@@ -28,7 +28,8 @@ def token_text(tokenizer: Tokenizer, token_id: int) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
-def _finite(logprob: float | None) -> float | None:
+def finite(logprob: float | None) -> float | None:
+    """Return a log-probability that JSON has."""
     return logprob if logprob is None or math.isfinite(logprob) else LEAST_LOGPROB
 
 
@@ -45,7 +46,7 @@ class Logprobs:
         found: Json = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token in tokens:
             found["tokens"].append(token_text(self._tokenizer, token.token_id))
-            found["token_logprobs"].append(_finite(token.logprob))
+            found["token_logprobs"].append(finite(token.logprob))
             found["top_logprobs"].append(self._top(token))
             found["text_offset"].append(self._offset)
             self._offset += len(self._decoder.push(token.token_id))
@@ -55,7 +56,7 @@ class Logprobs:
         if token.logprob is None:
             return None
         pairs = [*token.top, (token.token_id, token.logprob)]  # the chosen one is there, with the identical number
-        return {token_text(self._tokenizer, token_id): _finite(logprob) for token_id, logprob in pairs}
+        return {token_text(self._tokenizer, token_id): finite(logprob) for token_id, logprob in pairs}
 
 
 class ChoiceWriter:

@@ -1,6 +1,6 @@
 """/v1/models, /v1/completions, /completions, /tokenize, /detokenize, /tokenizer_info: OpenAI's inference API.
 
-What is not here yet (chat) says so in OpenAI's words: 501, and what to use.
+Chat and embeddings have files of their own.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from flask_openapi3.models.tag import Tag
 from pydantic import BaseModel
 
 from inference.backend import ServedModel
+from storage.chat_format import TEMPLATE, is_chat
 from storage.errors import NotFound
 from web import openai_replies, sse
 from web.batch import Batch, context_tokens, encode, loaded_model, too_long, using
@@ -102,12 +103,11 @@ def _prompt_ids(ctx: Context, served: ServedModel, body: CompletionBody) -> list
     return token_ids(body.prompt, served, context_tokens(ctx, served))
 
 
-def _max_tokens(body: CompletionBody, longest: int, limit: int) -> int:
+def max_tokens(asked: int | None, default: int, longest: int, limit: int) -> int:
     """Return how many tokens to generate. Raises PromptTooLong when the context has no room for what was asked."""
-    asked = body.max_tokens
     if asked is None and longest < limit:
-        return min(DEFAULT_MAX_TOKENS, limit - longest)
-    asked = DEFAULT_MAX_TOKENS if asked is None else asked
+        return min(default, limit - longest)
+    asked = min(default, limit) if asked is None else asked
     if longest + asked > limit:
         total = longest + asked
         raise too_long(limit, f"you requested {total} tokens ({longest} in the prompt, {asked} for the completion)")
@@ -131,9 +131,9 @@ def _complete(body: CompletionBody) -> Response | dict[str, Any]:
     ctx = context()
     with using(ctx, body.model) as served:
         prompts = _prompt_ids(ctx, served, body)
-        max_tokens = _max_tokens(body, max(map(len, prompts)), context_tokens(ctx, served))
+        most = max_tokens(body.max_tokens, DEFAULT_MAX_TOKENS, max(map(len, prompts)), context_tokens(ctx, served))
         try:
-            params = body.params(max_tokens)
+            params = body.params(most)
         except ValueError as error:
             raise Refused(400, str(error)) from None
         client = Client(request.environ)
@@ -172,11 +172,6 @@ def tokenizer_info() -> dict[str, Any]:
     """Tell the tokenizer's special tokens."""
     tokenizer = loaded_model(context()).tokenizer
     eos = None if tokenizer.eot is None else tokenizer.decode([tokenizer.eot])
+    template = TEMPLATE if is_chat(tokenizer) else None
     info = {"tokenizer": tokenizer.name, "vocab_size": tokenizer.n_vocab}
-    return {"eos_token": eos, "bos_token": eos, "pad_token": eos, "chat_template": None} | info
-
-
-@routes.post("/v1/chat/completions", responses={501: OpenAIError})
-def chat_completions() -> Response:
-    """Not available: the models here continue text; use /v1/completions."""
-    raise Refused(501, "the models here complete text and do not chat; use /v1/completions", "not_implemented")
+    return {"eos_token": eos, "bos_token": eos, "pad_token": eos, "chat_template": template} | info

@@ -21,7 +21,7 @@ MAX_INPUTS = 2048  # of an embeddings request
 MAX_IDS = 2**20  # of a token id list; far above any context
 UNSUPPORTED = (
     *("suffix", "grammar", "json_schema", "structured_outputs", "logits_processors", "use_beam_search"),
-    *("guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+    *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "tools", "functions"),
 )
 
 PromptField = Annotated[
@@ -88,49 +88,66 @@ def _ids_of(bias: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
     return tuple((int(key), value) for key, value in bias.items())
 
 
-class CompletionBody(OpenAIBody, SamplingFields):
-    """A text completion."""
+class GenerationBody(OpenAIBody, SamplingFields):
+    """What a text completion and a chat completion share."""
 
     model: str | None = Field(None, description="an id of /v1/models; default: the current model")
-    prompt: PromptField = Field(description="what to continue", examples=["Once upon a time"])
-    max_tokens: int | None = Field(None, ge=0, lt=2**31, description=f"most new tokens; default {DEFAULT_MAX_TOKENS}")
     temperature: float = Field(1.0, ge=0, le=100, description="0 is greedy")
     top_k: int = Field(0, ge=-1, lt=2**31, description="choose among this many tokens; 0 and -1 are off")
     n: int = Field(1, ge=1, le=MAX_SAMPLES, description="choices for each prompt")
-    best_of: int | None = Field(None, ge=1, le=MAX_BEST_OF, description="generate so many, return the n best")
-    logprobs: int | None = Field(
-        None, ge=0, le=MAX_LOGPROBS, description="log-probabilities of so many tokens at each place"
-    )
-    echo: bool = Field(False, description="begin with the prompt")
     logit_bias: dict[str, float] = Field({}, description="token id to what is added to its logit, -100 to 100")
     stream_options: StreamOptions = StreamOptions.model_validate({})
     user: Any = Field(None, description="not used")
     ignore_eos: bool = Field(False, description="the end-of-text token does not end the text")
     min_tokens: int = Field(0, ge=0, lt=2**31, description="no end before this many tokens")
     stop_token_ids: list[int] = Field([], max_length=64, description="token ids that end the text")
-    return_token_ids: bool = Field(False, description="add the generated token ids to each choice")
 
     @model_validator(mode="before")
     @classmethod
     def _nothing_that_cannot_be_honoured(cls, value: Any) -> Any:
         if isinstance(value, Mapping):
             for name in UNSUPPORTED:
-                if value.get(name) is not None:
+                if value.get(name) not in (None, [], {}):
                     raise ValueError(f"{name} is not supported here")
             if value.get("response_format") not in (None, {"type": "text"}):
                 raise ValueError("response_format is not supported here; a completion is text")
         return value
-
-    @field_validator("prompt")
-    @classmethod
-    def _prompt_is_prompts(cls, value: Any) -> list[str | list[int]]:
-        return prompts(value)
 
     @field_validator("logit_bias")
     @classmethod
     def _bias_is_of_ids(cls, value: dict[str, float]) -> dict[str, float]:
         _ids_of(value)
         return value
+
+    def sampling(self, max_tokens: int, **more: Any) -> SamplingParams:
+        """Return how the engine is to choose tokens. Raises ValueError."""
+        given: dict[str, Any] = {
+            "top_k": max(self.top_k, 0),
+            "logit_bias": _ids_of(self.logit_bias),
+            "stop_token_ids": frozenset(self.stop_token_ids),
+            "min_tokens": min(self.min_tokens, max_tokens),
+        }
+        same = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+        given |= {name: getattr(self, name) for name in (*same, "seed", "ignore_eos")}
+        return SamplingParams(**(given | {"max_new_tokens": max_tokens} | more))
+
+
+class CompletionBody(GenerationBody):
+    """A text completion."""
+
+    prompt: PromptField = Field(description="what to continue", examples=["Once upon a time"])
+    max_tokens: int | None = Field(None, ge=0, lt=2**31, description=f"most new tokens; default {DEFAULT_MAX_TOKENS}")
+    best_of: int | None = Field(None, ge=1, le=MAX_BEST_OF, description="generate so many, return the n best")
+    logprobs: int | None = Field(
+        None, ge=0, le=MAX_LOGPROBS, description="log-probabilities of so many tokens at each place"
+    )
+    echo: bool = Field(False, description="begin with the prompt")
+    return_token_ids: bool = Field(False, description="add the generated token ids to each choice")
+
+    @field_validator("prompt")
+    @classmethod
+    def _prompt_is_prompts(cls, value: Any) -> list[str | list[int]]:
+        return prompts(value)
 
     @model_validator(mode="after")
     def _best_of_fits(self) -> "CompletionBody":
@@ -148,23 +165,8 @@ class CompletionBody(OpenAIBody, SamplingFields):
     def params(self, max_tokens: int) -> SamplingParams:
         """Return how the engine is to choose tokens. Raises ValueError."""
         ranks = self.candidates > self.n and self.logprobs is None
-        return SamplingParams(
-            max_new_tokens=max_tokens,
-            temperature=self.temperature,
-            top_k=max(self.top_k, 0),
-            top_p=self.top_p,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
-            seed=self.seed,
-            logit_bias=_ids_of(self.logit_bias),
-            stop_token_ids=frozenset(self.stop_token_ids),
-            ignore_eos=self.ignore_eos,
-            min_tokens=min(self.min_tokens, max_tokens),
-            logprobs=0 if ranks else self.logprobs,
-            prompt_logprobs=self.echo and self.logprobs is not None,
-        )
+        scores = self.echo and self.logprobs is not None
+        return self.sampling(max_tokens, logprobs=0 if ranks else self.logprobs, prompt_logprobs=scores)
 
 
 class TokenizeBody(OpenAIBody):

@@ -34,11 +34,12 @@ class Quiet(WSGIRequestHandler):
 class Served:
     """The app on a port, its jobs, and the trainers that do what a test says."""
 
-    def __init__(self, root):
+    def __init__(self, root, engine=None):
         self.workspace, self.backend, self.requests = Workspace(root), FakeBackend(), 0
+        self.engine = FakeEngine(byte_tokenizer()) if engine is None else engine
         (root / "out").mkdir()
         self.jobs = JobManager(self.workspace, self.backend)
-        app = create_app(Settings(root=root), FakeEngine(byte_tokenizer()), self.jobs, self.workspace)
+        app = create_app(Settings(root=root), self.engine, self.jobs, self.workspace)
         app.before_request(self._count)
         self.server = make_server("127.0.0.1", 0, app, threaded=True, request_handler=Quiet)
         self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02})
