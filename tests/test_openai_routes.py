@@ -243,7 +243,7 @@ def test_a_failure_in_a_stream_is_an_error_frame_without_done(server):
 )
 def test_completions_refuse(tmp_path, server, body, param, words):
     if "logit_bias" in body and "999999999" in body["logit_bias"]:
-        server.engine.submit = lambda *a: (_ for _ in ()).throw(ValueError("logit_bias is out of range"))
+        server.engine.submit = lambda *a, **k: (_ for _ in ()).throw(ValueError("logit_bias is out of range"))
     found = error(server.post("/v1/completions", body))
     assert found["type"] == "invalid_request_error" and words in found["message"]
     assert param is None or found["param"] == param
