@@ -8,6 +8,7 @@ import torch
 
 from bench import peer_llama
 from bench.bench_generate import COLUMNS, Lineup, measure, ours, pairs, report
+from bench.bench_native import row
 from bench.bench_quality import windows, with_channels_far_out
 from bench.contestant import Absent, Process, Result
 from bench.measure import Figure, comparison
@@ -116,3 +117,10 @@ def test_channels_far_out_leave_the_function_as_it_is(bias: bool) -> None:
 def test_windows_are_spread_evenly_and_whole() -> None:
     assert windows(list(range(101)), 10, 3) == [list(range(a, a + 11)) for a in (0, 30, 60)]
     assert [w[0] for w in windows(list(range(25)), 10, 9)] == [0, 10] and windows([1, 2], 10, 3) == []
+
+
+def test_a_line_of_the_native_step_tells_tokens_and_the_share_of_the_read_limit() -> None:
+    line = row("decode, 4 rows", "bf16", Figure([0.01]), Figure([10.0]), 25_000_000)
+    assert line == "| bf16 | decode, 4 rows | 10.0 (10.0-10.0) | 400 | 50 (50-50) % |"
+    line = row("prefill, 16 x 64", "int8", Figure([0.5]), Figure([10.0]), 1)
+    assert line == "| int8 | prefill, 16 x 64 | 500.0 (500.0-500.0) | 2048 |  |"
