@@ -126,7 +126,9 @@ class Lane:
             if share.samples:
                 last.append(row - 1)
         choosing = [share.sequence for share in step.shares if share.samples]
-        chosen = iter(sample(logits if len(last) == len(logits) else logits[last], choosing) if last else ())
+        best = self.runner.last_argmax
+        greatest = None if best is None else [best[row] for row in last]
+        chosen = iter(sample(logits if len(last) == len(logits) else logits[last], choosing, greatest) if last else ())
         step.advance()
         for sequence, scores in scored:
             sequence.prompt_logprobs.extend(scores)

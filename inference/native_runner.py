@@ -206,7 +206,7 @@ class NativeRunner:
         self.dtype, self.slots = dtype, slots
         self.block_size, self.vocab_size, self._n_embd = config.block_size, config.vocab_size, config.n_embd
         self.threads = max(1, available_cores() if threads is None else threads)
-        self.last_argmax: list[int] = []  # of each row of the last result: where its greatest logit is
+        self.last_argmax: list[int] | None = []  # where the greatest logit of each row is; vocab_size where one is NaN
         packer = _Packer(config, dtype)
         native = _Model(config.n_layer, config.n_head, config.n_embd, config.vocab_size, config.block_size, slots)
         native.kind, native.gelu_new, native.threads = packer.kind, config.activation == "gelu_new", self.threads

@@ -21,6 +21,7 @@ class ModelRunner(Protocol):
     block_size: int  # the longest sequence, in tokens
     vocab_size: int
     position_bytes: int  # of the keys and values of one position
+    last_argmax: list[int] | None  # where the greatest logit of each row of the last result is, if that is known
 
     def rows(
         self, tokens: Sequence[int], slots: Sequence[int], positions: Sequence[int], want: Sequence[int]

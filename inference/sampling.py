@@ -23,11 +23,43 @@ from inference.sequence import SamplingParams, Sequence, Token
 GROUP = 64
 
 
-def sample(logits: Tensor, sequences: list[Sequence]) -> list[Token | None]:
+def sample(logits: Tensor, sequences: list[Sequence], greatest: list[int] | None = None) -> list[Token | None]:
     """Return one token per row of float32 logits (n, V); None where a row has no finite greatest logit.
 
-    Log-probabilities are those of the raw logits, before penalties and temperature.
+    Log-probabilities are those of the raw logits, before penalties and temperature. `greatest` says where each row's
+    greatest logit is, if a runner knows; at V or above it is no token. Plain greedy rows then need no pass.
     """
+    tokens: list[Token | None] = [None] * len(sequences)
+    known = [] if greatest is None else _known(logits, sequences, greatest)
+    for i, token_id in known:
+        tokens[i] = _token(logits[i], token_id, sequences[i].params.logprobs)
+    rest = [i for i, token in enumerate(tokens) if token is None]
+    if rest:
+        part = logits if len(rest) == len(sequences) else logits[rest]
+        for i, token in zip(rest, _sample(part, [sequences[i] for i in rest]), strict=True):
+            tokens[i] = token
+    return tokens
+
+
+def _known(logits: Tensor, sequences: list[Sequence], greatest: list[int]) -> list[tuple[int, int]]:
+    """Return (row, token id) of the rows whose choice is their greatest logit, where that is a finite number."""
+    places = [(i, greatest[i]) for i, s in enumerate(sequences) if _unchanged(s) and greatest[i] < logits.size(-1)]
+    if not places:
+        return []
+    rows, ids = zip(*places, strict=True)
+    finite = logits[list(rows), list(ids)].isfinite().tolist()
+    return [place for place, sound in zip(places, finite, strict=True) if sound]
+
+
+def _unchanged(s: Sequence) -> bool:
+    """Say whether a greedy sequence takes the greatest logit as it is."""
+    p = s.params
+    penalties = p.logit_bias or p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
+    return p.greedy and not penalties and len(s.output_ids) >= p.min_tokens
+
+
+def _sample(logits: Tensor, sequences: list[Sequence]) -> list[Token | None]:
+    """Choose by passes over the logits."""
     adjusted = _penalize(logits, sequences)
     peaks = _peaks(adjusted)
     best = peaks.amax(-1)  # NaN and +inf come out as the greatest

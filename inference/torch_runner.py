@@ -81,6 +81,7 @@ class TorchRunner:
         shape = (config.n_layer, slots, config.n_head, config.block_size, config.head_size)
         self._cache: KVCache | None = KVCache(shape, torch.device(device), DTYPES[dtype])
         self.position_bytes = self._cache.position_bytes
+        self.last_argmax: list[int] | None = None
 
     @torch.inference_mode()
     def rows(

@@ -438,8 +438,10 @@ def test_activations_that_are_not_finite_give_nan_and_not_an_answer(dtype):
     model = model_of(SHAPES["odd"])
     with torch.no_grad():
         model.transformer["wpe"].weight[1, 7] = math.nan
-    got = prefill(NativeRunner(model, slots=1, dtype=dtype, threads=1), [1, 2])
+    runner = NativeRunner(model, slots=1, dtype=dtype, threads=1)
+    got = prefill(runner, [1, 2])
     assert got[0].isfinite().all() and got[1].isnan().all()
+    assert runner.last_argmax == [got[0].argmax(), model.config.vocab_size]
 
 
 def test_what_the_step_cannot_do_is_said_in_words():

@@ -277,3 +277,26 @@ def test_prompt_scores_name_the_prompts_tokens() -> None:
     scores = score(logits, [4, 5, 6], 2)
     assert [t.token_id for t in scores] == [4, 5, 6] and all(len(t.top) == 2 for t in scores)
     assert [t.logprob for t in scores] == [float(logits[i].log_softmax(-1)[4 + i]) for i in range(3)]
+
+
+# --- what the runner knows already
+
+
+def test_a_plain_greedy_row_takes_the_known_place_and_others_do_not() -> None:
+    logits = torch.cat([row(t3=1.0, t5=2.0)] * 4)
+    sequences = [sequence(temperature=0.0), sequence(temperature=0.0, logit_bias=((3, 5.0),)), sequence(top_k=1)]
+    sequences.append(sequence(temperature=0.0, min_tokens=1, stop=(5,)))
+    known = [9, 9, 9, 9]  # not where the greatest is, to tell who looks there
+    assert [t and t.token_id for t in sample(logits, sequences, known)] == [9, 3, 9, 3]
+    assert [t and t.token_id for t in sample(logits, sequences, None)] == [5, 3, 5, 3]
+
+
+def test_a_known_place_has_its_log_probabilities() -> None:
+    logits, asked = row(t3=1.0, t5=2.0), sequence(temperature=0.0, logprobs=2)
+    assert sample(logits, [asked], [5]) == sample(logits, [asked])
+
+
+def test_a_known_place_past_the_tokens_or_that_is_no_number_is_looked_for() -> None:
+    logits = torch.cat([row(t5=2.0), row(t5=2.0, t7=math.inf), row(t5=math.nan)])
+    found = sample(logits, [sequence(temperature=0.0) for _ in range(3)], [V, 7, V])
+    assert [t and t.token_id for t in found] == [5, None, None]

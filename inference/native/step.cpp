@@ -201,11 +201,15 @@ struct Step {
         else forward<INT8>(me);
     }
 
-    // Where the greatest of n numbers is; the first of equals.
+    // Where the greatest of n numbers is; the first of equals. n where one is NaN.
     static long greatest(const float *z, long n) {
         Vec most = all(-INFINITY);
-        for (long i = 0; i < n; i += 16)
-            most = _mm512_max_ps(most, _mm512_mask_loadu_ps(all(-INFINITY), n - i >= 16 ? 0xffff : (1 << (n - i)) - 1, z + i));
+        unsigned nan = 0;
+        for (long i = 0; i < n; i += 16) {
+            const Vec x = _mm512_mask_loadu_ps(all(-INFINITY), n - i >= 16 ? 0xffff : (1 << (n - i)) - 1, z + i);
+            nan |= _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), most = _mm512_max_ps(most, x);
+        }
+        if (nan) return n;
         const Vec top = all(_mm512_reduce_max_ps(most));
         for (long i = 0; i < n; i += 16) {
             const unsigned equal = _mm512_mask_cmp_ps_mask(n - i >= 16 ? 0xffff : (1 << (n - i)) - 1, load(z + i), top, _CMP_EQ_OQ);
