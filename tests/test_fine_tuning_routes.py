@@ -407,6 +407,14 @@ def test_results_are_listed_as_models(server, file_id):
         assert server.get(f"/v1/models/{model['id']}").json == model and type(model["created"]) is int
 
 
+def test_a_result_that_is_a_link_is_left_out_of_the_list(server, file_id):
+    run = run_of(server, trained(server, file_id))
+    run.checkpoint.rename(run.folder / "elsewhere.pt")
+    run.checkpoint.symlink_to(run.folder / "elsewhere.pt")
+    names = [model["id"] for model in server.get("/v1/models").json["data"]]
+    assert "tiny" in names and not [name for name in names if name.endswith(":ckpt-step-10")]
+
+
 @pytest.mark.parametrize("name", ["ft:", "ft:x", "ft:nano:local::" + "0" * 24, "ft:../../etc", "ft:a:b:c:" + "z" * 24])
 def test_an_unknown_result_is_no_model(server, name):
     reply = server.post("/v1/completions", {"model": name, "prompt": "Once"})

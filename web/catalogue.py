@@ -123,7 +123,10 @@ class Catalogue:
             run = self._workspace.run(job.name)
             name = fine_tuning.model_name(job.describe(), run)
             for saved in fine_tuning.saved_checkpoints(run):
-                reference = resolve(self._workspace, model_path=f"{run.relative}/{saved.file}")
+                try:
+                    reference = resolve(self._workspace, model_path=f"{run.relative}/{saved.file}")
+                except StorageError:  # it has just gone, or is a link
+                    continue
                 if saved.file == CHECKPOINT:
                     yield name, reference
                 yield f"{name}:ckpt-step-{saved.step}", reference
