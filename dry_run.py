@@ -35,14 +35,16 @@ def measure(config: TrainConfig, workspace: Workspace, run: Run) -> dict[str, An
     """Return what is known of a resolved config's training after three iterations of it."""
     machine, team = Machine.of(config), Team()
     model, text, _ = start(config, workspace, run, first=True)
-    splits = dataset(workspace, config.dataset).prepare(text, PreparationLine())
+    data = dataset(workspace, config.dataset)
+    splits = data.prepare(text, PreparationLine())
     check_fit(config, splits, model.config, team.world)
     trainer = Trainer(config, machine, team, model, splits, StopSignal())
     updates = []
     for _ in range(ITERATIONS):
         began = time.perf_counter()
         updates.append(trainer.update() | {"seconds": time.perf_counter() - began})
-    return report(config, splits, trainer.window, model.config.vocab_size, updates, machine.memory_bytes())
+    found = report(config, splits, trainer.window, model.config.vocab_size, updates, machine.memory_bytes())
+    return {"format": data.format(), **found}
 
 
 def main(argv: list[str] | None = None) -> int:

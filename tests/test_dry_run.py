@@ -10,13 +10,15 @@ from fakes import FakeServer, byte_tokenizer
 
 import dry_run
 from storage.runs import Workspace
+from storage.token_files import BEGINS, LEARNED
 from training.config import TrainConfig, resolve
 from training.dry_run_process import DryRunFailed, try_out
-from training.preflight import expected_seconds, hashes, overlap, warnings
+from training.preflight import example_lengths, expected_seconds, hashes, overlap, warnings
 
 TINY = {"dataset": "sums", "tokenizer": "char", "n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16}
 TINY |= {"batch_size": 4, "max_iters": 5000, "dtype": "fp32", "device": "cpu", "output_dir": "out/a"}
 FINE = {"epochs": 2.0, "train_bytes": 50_000, "val_tokens": 10_000, "duplicate_rate": 0.01, "leak_rate": 0.0}
+FINE |= {"cut_rate": None}
 FINE |= {
     "start_loss": 4.1,
     "expected_start_loss": 4.0,
@@ -71,7 +73,8 @@ def test_a_run_that_has_begun_is_not_tried(workspace, capsys, tmp_path):
 
 
 def splits(train, val):
-    return SimpleNamespace(train=np.array(train, np.uint16), val=np.array(val, np.uint16), bytes_per_token=10.0)
+    arrays = {"train": np.array(train, np.uint16), "val": np.array(val, np.uint16)}
+    return SimpleNamespace(**arrays, bytes_per_token=10.0, train_mask=None, val_mask=None)
 
 
 def test_text_that_is_there_again_is_found_wherever_it_stands():
@@ -88,6 +91,32 @@ def test_different_text_has_nothing_in_common_and_too_little_has_no_rate():
     apart = overlap(splits(random.integers(0, 500, 5000), random.integers(0, 500, 500)))
     assert apart == {"duplicate_rate": 0.0, "leak_rate": 0.0}
     assert overlap(splits([1, 2, 3], [1])) == {"duplicate_rate": None, "leak_rate": None}
+
+
+def examples(*texts: list[int]):
+    """Return the tokens and the mask of examples."""
+    parts = [np.array([BEGINS] + [LEARNED] * (len(text) - 1), np.uint8) for text in texts]
+    return np.array([token for text in texts for token in text], np.uint16), np.concatenate(parts)
+
+
+def test_examples_are_the_same_only_as_wholes():
+    train, train_mask = examples([1, 2, 3], [1, 2, 4], [5, 6], [1, 2, 3], [0, 0], [0, 0, 0])
+    val, val_mask = examples([5, 6], [2, 3], [6, 5], [1, 2])
+    given = SimpleNamespace(train=train, val=val, train_mask=train_mask, val_mask=val_mask, bytes_per_token=1.0)
+    assert overlap(given) == {"duplicate_rate": pytest.approx(2 / 6), "leak_rate": 1 / 4}
+    assert example_lengths(train_mask).tolist() == [3, 3, 2, 3, 2, 3]
+
+
+def test_a_dry_run_of_chats_says_so_and_what_of_them_is_learned(workspace, capsys):
+    asked = [{"role": "user", "content": "and " * 9}, {"role": "assistant", "content": "no"}]
+    lines = [json.dumps({"messages": [*asked, {"role": "user", "content": str(i)}]}) + "\n" for i in range(40)]
+    (workspace.data / "chats").mkdir()
+    (workspace.data / "chats" / "a.jsonl").write_text("".join(lines * 2))
+    code, found = tried(workspace, capsys, dataset="chats")
+    assert code == 0 and (found["format"], found["duplicate_rate"], found["cut_rate"]) == ("chat", 1.0, 1.0)
+    assert found["learned_tokens"] == 3 * 72 < found["train_tokens"] / 10
+    assert any("longer than a window of 16 tokens" in warning for warning in found["warnings"])
+    assert tried(workspace, capsys)[1]["format"] == "text"
 
 
 def test_hashes_tell_orders_and_zeros_apart():
@@ -107,6 +136,7 @@ def test_the_time_counts_evaluations():
         ({"val_tokens": 50}, "noisy"),
         ({"duplicate_rate": 0.3}, "30 % of the training text is there more than once"),
         ({"leak_rate": 0.2}, "20 % of the validation text"),
+        ({"cut_rate": 0.5}, "50 % of the examples are longer than a window of 16"),
         ({"start_loss": 5.0}, "starts at a loss of 5.00, not near 4.00"),
         ({"start_loss": 5.0, "expected_start_loss": None}, "worse than guessing"),
         ({"peak_memory_bytes": 10**15}, "of memory"),

@@ -1,7 +1,8 @@
 """Preflight: what a training will be, from its tokens and three measured iterations, and warnings in words.
 
 Text that is there twice, or in both splits, is found as pieces of about a hundred bytes that occur again at any
-place; each piece is a hash, so that millions of tokens take a second. No torch here: dry_run.py measures.
+place, and examples (prompts with completions, conversations) as wholes; each is a hash, so that millions of tokens
+take a second. No torch here: dry_run.py measures.
 """
 
 import math
@@ -12,7 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from storage.datasets import Splits
+from storage.token_files import BEGINS, count_learned
 from training.config import TrainConfig
+from training.examples import Mask
 from training.hardware import available_memory
 from training.progress import duration, quantity
 from training.windows import Tokens
@@ -21,7 +24,7 @@ PIECE_BYTES = 100
 SHORTEST, LONGEST = 8, 128  # tokens of a piece
 MOST_TOKENS = 4_000_000  # of a split that are looked at; of longer ones the rates are at least those that are told
 BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no token is lost modulo 2**64
-MEMORISING, DUPLICATES, LEAK, LONG_SECONDS = 20, 0.10, 0.01, 12 * 3600
+MEMORISING, DUPLICATES, LEAK, CUT, LONG_SECONDS = 20, 0.10, 0.01, 0.05, 12 * 3600
 FORWARD_SHARE = 1 / 3  # of an iteration's time that its forward pass takes
 
 
@@ -40,8 +43,37 @@ def _occurrences(pieces: npt.NDArray[np.uint64], among: npt.NDArray[np.uint64]) 
     return np.asarray(right - left)
 
 
+def example_lengths(mask: Mask) -> npt.NDArray[np.int64]:
+    """Return the number of tokens of each example."""
+    return np.diff(np.append(np.flatnonzero(mask & BEGINS), len(mask)))
+
+
+def hashes_of_examples(tokens: Tokens, mask: Mask) -> npt.NDArray[np.uint64]:
+    """Return a hash of each example, the sum of its tokens times powers of BASE."""
+    lengths = example_lengths(mask)
+    begins = len(mask) - np.cumsum(lengths[::-1])[::-1]
+    if len(begins) == 0:
+        return np.zeros(0, dtype=np.uint64)
+    powers = np.multiply.accumulate(np.full(lengths.max(), BASE))
+    places = np.arange(begins[0], len(mask)) - np.repeat(begins, lengths)
+    terms = (tokens[begins[0] :].astype(np.uint64) + np.uint64(1)) * powers[places]
+    return np.asarray(np.add.reduceat(terms, begins - begins[0]))
+
+
+def overlap_of_examples(splits: Splits, train_mask: Mask, val_mask: Mask) -> dict[str, float | None]:
+    """Return which share of the training examples is there more than once, and which share of val's is in train."""
+    train = hashes_of_examples(np.asarray(splits.train[:MOST_TOKENS]), np.asarray(train_mask[:MOST_TOKENS]))
+    val = hashes_of_examples(np.asarray(splits.val[:MOST_TOKENS]), np.asarray(val_mask[:MOST_TOKENS]))
+    among = np.sort(train)
+    again = float((_occurrences(train, among) > 1).mean()) if len(train) else None
+    leaked = float((_occurrences(val, among) > 0).mean()) if len(val) and len(train) else None
+    return {"duplicate_rate": again, "leak_rate": leaked}
+
+
 def overlap(splits: Splits) -> dict[str, float | None]:
     """Return which share of the training text is there again, and which share of val is in train, too."""
+    if splits.train_mask is not None and splits.val_mask is not None:
+        return overlap_of_examples(splits, splits.train_mask, splits.val_mask)
     length = min(max(round(PIECE_BYTES / max(splits.bytes_per_token, 0.1)), SHORTEST), LONGEST)
     train = hashes(np.asarray(splits.train[:MOST_TOKENS]), length)
     val = hashes(np.asarray(splits.val[:MOST_TOKENS]), length)[::length]
@@ -64,8 +96,12 @@ def report(
     """Return all that is known before a training; each update has `loss` and `seconds`, the first one warms up."""
     batch = int(config.batch_size or 1) * int(config.gradient_accumulation_steps or 1) * window
     seconds = min(update["seconds"] for update in updates[1:] or updates)
+    mask = splits.train_mask
+    learned = len(splits.train) if mask is None else count_learned(mask)
     found: dict[str, Any] = {"train_tokens": len(splits.train), "val_tokens": len(splits.val)}
-    found |= {"train_bytes": round(len(splits.train) * splits.bytes_per_token), "tokenizer": splits.tokenizer.name}
+    found |= {"learned_tokens": learned, "tokenizer": splits.tokenizer.name}
+    found |= {"train_bytes": round(learned * splits.bytes_per_token)}  # of what is learned
+    found |= {"cut_rate": None if mask is None else float((example_lengths(mask) > window).mean())}
     found |= {"tokens_per_iteration": batch, "max_iters": config.max_iters}
     found |= {"epochs": int(config.max_iters or 1) * batch / len(splits.train)}
     found |= {"seconds_per_iteration": seconds, "tokens_per_second": batch / seconds}
@@ -91,6 +127,11 @@ def warnings(found: dict[str, Any], window: int) -> list[str]:
         said.append(
             f"{100 * found['leak_rate']:.0f} % of the validation text is in the training text, too: val loss will "
             "look better than it is"
+        )
+    if (found["cut_rate"] or 0) >= CUT:
+        said.append(
+            f"{100 * found['cut_rate']:.0f} % of the examples are longer than a window of {window} tokens: their ends "
+            "are learned without their beginnings"
         )
     if found["expected_start_loss"] is None and found["start_loss"] > found["uniform_loss"]:
         said.append(f"the trained model starts at a loss of {found['start_loss']:.2f}, worse than guessing")
