@@ -5,11 +5,13 @@
 `nano` is the preset from scratch (4 layers, 128 wide, block 64, batch 32) at character level; `gpt2` is
 fine-tuning of GPT-2 124M on 4 windows of 256 tokens. Both loops: random windows, forward, backward, clipping to 1,
 the optimizer's step. Ours is `train.Trainer` as `train.py` runs it, in its own precision and optimizer and, for a
-like-for-like row, in theirs (AdamW). The peer is GPT2LMHeadModel in the usual loop, fp32 and bf16 autocast.
+like-for-like row, in theirs (AdamW). The peers are GPT2LMHeadModel in the usual loop, fp32 and bf16 autocast, and
+in transformers' own Trainer in bf16.
 The tokens are random: only speed is measured here.
 """
 
 import argparse
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -68,24 +70,20 @@ def ours(job: str, threads: int, **given: Any) -> Callable[[], float]:
     return partial(speed, trainer.update, batch * window, STEPS[job])
 
 
-def theirs(job: str, bf16: bool) -> Callable[[], float]:
-    """Return a sample of the plain loop around transformers' model: tokens per second."""
+def their_model(job: str) -> Any:
+    """Return transformers' model in our shape, with random weights."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    s, (batch, window) = SHAPES[job], BATCH[job]
+    s = SHAPES[job]
     none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    model = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=s["vocab_size"],
-            n_positions=s["block_size"],
-            n_embd=s["n_embd"],
-            n_layer=s["n_layer"],
-            n_head=s["n_head"],
-            **none,
-        )
-    ).train()
+    sizes = {name: s[name] for name in ("vocab_size", "n_embd", "n_layer", "n_head")}
+    return GPT2LMHeadModel(GPT2Config(**sizes, n_positions=s["block_size"], **none)).train()
+
+
+def theirs(job: str, bf16: bool) -> Callable[[], float]:
+    """Return a sample of the plain loop around transformers' model: tokens per second."""
+    model, (batch, window), data = their_model(job), BATCH[job], tokens(SHAPES[job]["vocab_size"])
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, (0.9, 0.95), weight_decay=0.1)
-    data = tokens(s["vocab_size"])
 
     def update() -> None:
         starts = torch.randint(len(data) - window - 1, (batch,)).tolist()
@@ -99,6 +97,44 @@ def theirs(job: str, bf16: bool) -> Callable[[], float]:
         loss.item()
 
     return partial(speed, update, batch * window, STEPS[job])
+
+
+def their_trainer(job: str, bf16: bool) -> Callable[[], float]:
+    """Return a sample of transformers' Trainer: tokens per second, its preparation and first step not counted."""
+    from transformers import Trainer as TheirTrainer
+    from transformers import TrainerCallback, TrainingArguments
+
+    model, (batch, window), steps = their_model(job), BATCH[job], STEPS[job] + 1
+    data = torch.from_numpy(tokens(SHAPES[job]["vocab_size"]).astype(np.int64))
+    rows = [{"input_ids": ids, "labels": ids} for ids in data[: batch * window * steps].view(-1, window)]
+
+    ends: list[float] = []
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            ends.append(time.perf_counter())
+
+    def sample() -> float:
+        ends.clear()
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = TrainingArguments(
+                folder,
+                per_device_train_batch_size=batch,
+                max_steps=steps,
+                learning_rate=1e-4,
+                weight_decay=0.1,
+                bf16=bf16,
+                use_cpu=True,
+                save_strategy="no",
+                logging_strategy="no",
+                report_to=[],
+                disable_tqdm=True,
+                dataloader_pin_memory=False,
+            )
+            TheirTrainer(model, arguments, train_dataset=rows, callbacks=[Clock()]).train()
+        return batch * window * (steps - 1) / (ends[-1] - ends[0])
+
+    return sample
 
 
 def speed(update: Callable[[], Any], tokens_each: int, steps: int) -> float:
@@ -123,6 +159,7 @@ def main() -> None:
             "ours, AdamW in fp32": ours(job, args.threads, optimizer="adamw", dtype="fp32"),
             "transformers fp32": theirs(job, bf16=False),
             "transformers bf16 autocast": theirs(job, bf16=True),
+            "transformers Trainer, bf16": their_trainer(job, bf16=True),
         }
         for run in contestants.values():
             run()  # warm
