@@ -196,6 +196,7 @@ class Lane:
         sequence.finish_reason, sequence.finished_at = reason, time.monotonic()
         self.admission.ended(sequence)
         sequence.events.put(Finished(reason, error))
+        sequence.ended.set()
 
     def finish_all(self, error: Failure) -> None:
         """End every sequence with an error."""

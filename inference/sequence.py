@@ -9,6 +9,7 @@ import math
 import os
 import queue
 import random
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -162,6 +163,7 @@ class Sequence:
     deadline: float | None = None  # time.monotonic() after which it ends with an error
     cancelled: bool = False
     events: "queue.SimpleQueue[Event]" = field(default_factory=queue.SimpleQueue)
+    ended: threading.Event = field(default_factory=threading.Event)  # the last event has been put
     slot: int | None = None
     computed: int = 0  # tokens of prompt + output whose keys and values are in the cache
     output_ids: list[int] = field(default_factory=list)
@@ -241,6 +243,15 @@ class Generation:
         if isinstance(event, Finished):
             self.finish_reason, self.error = event.reason, event.error
         return event
+
+    @property
+    def ready(self) -> bool:
+        """Say whether an event is there."""
+        return not self._sequence.events.empty()
+
+    def wait_end(self, timeout: float) -> None:
+        """Wait until all events are there, at most `timeout` seconds: a token does not wake the caller."""
+        self._sequence.ended.wait(timeout)
 
     def __iter__(self) -> Iterator[Token]:
         while self.finish_reason is None:

@@ -198,6 +198,7 @@ class FakeEngine:
         """End a sequence."""
         sequence.finish_reason, sequence.finished_at = reason, time.monotonic()
         sequence.events.put(Finished(reason, error))
+        sequence.ended.set()
 
     def load(self, reference: ModelReference) -> ServedModel:
         if self.loading:

@@ -16,7 +16,7 @@ from inference.sequence import (
     Sequence,
     Token,
 )
-from web.completion import Completion, GenerationFailed, merged
+from web.completion import MOST, Completion, GenerationFailed, merged, settle
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,31 @@ def test_half_a_character_at_the_end_becomes_a_replacement_character(tokenizer):
 
 def test_text_held_back_for_a_stop_string_comes_at_the_end(tokenizer):
     pieces = list(merged([completion(tokenizer, "one sto", stops=["stop"])], 0.01))
-    assert pieces[-1].text == "sto" and pieces[-1].last
+    assert "".join(piece.text for piece in pieces) == "one sto" and pieces[-1].last
+
+
+def test_tokens_that_are_there_come_together_but_not_too_many(tokenizer):
+    pieces = list(merged([completion(tokenizer, "0 1 2 3 4 5 6 7 8 9")], 0.01))
+    assert [len(piece.tokens) for piece in pieces[:2]] == [MOST, MOST]
+
+
+def test_what_came_before_a_failure_is_told_first(tokenizer):
+    failing = merged([completion(tokenizer, "abc", FinishReason.ERROR)], 0.01)
+    assert next(failing).text == "abc"
+    with pytest.raises(GenerationFailed):
+        next(failing)
+
+
+def test_settling_gives_the_same_text_as_the_pieces(tokenizer):
+    made = [completion(tokenizer, text, stops=["stop"]) for text in ("one two three four stop five", "", "six sto")]
+    assert all(moment is None for moment in settle(made, 0.01))
+    assert [c.text for c in made] == ["one two three four ", "", "six sto"]
+    assert [c.finish_reason for c in made] == ["stop", "length", "length"]
+
+
+def test_settling_fails_like_the_pieces(tokenizer):
+    with pytest.raises(GenerationFailed):
+        list(settle([completion(tokenizer, "abc", FinishReason.ERROR)], 0.01))
 
 
 @pytest.mark.parametrize("reason", [FinishReason.ERROR, FinishReason.CANCELLED])

@@ -14,11 +14,13 @@ from inference.backend import ServedModel
 from inference.sequence import EngineDown, Failure, NoModel, PromptTooLong, SamplingParams
 from storage.tokenizer import Tokenizer
 from web.client import Client
-from web.completion import Completion, Piece, merged
+from web.completion import Completion, Piece, merged, settle
 from web.context import Context
 from web.errors import Refused
 from web.security import key_digest, requester
 
+LOOK = 0.1  # seconds between looks around while a whole reply is waited for
+STOP_LOOK = 0.02  # the same where a stop string may end it: the engine goes on until it is found
 IDLE = 0.2  # seconds without a token after which the caller gets a moment to look around
 LONGEST_TOKEN = 512  # bytes; no vocabulary that is accepted has a longer one
 
@@ -101,7 +103,7 @@ class Batch:
         self.model, self.prompts, self.n = model, prompts, n
         self.seed = draw_seed() if params.seed is None else params.seed
         self._context, self._client = context, client
-        self._open = True
+        self._open, self._stops = True, bool(stops)
         self.completions: list[Completion] = []
         eot = model.tokenizer.eot
         ends = params.stop_token_ids | (frozenset() if params.ignore_eos or eot is None else frozenset({eot}))
@@ -163,8 +165,12 @@ class Batch:
 
     def finish(self) -> "Batch":
         """Wait for the end of all completions."""
-        for _ in self:
-            pass
+        try:
+            for _ in settle(self.completions, STOP_LOOK if self._stops else LOOK):
+                self._client.check()
+                self._check_engine()
+        finally:
+            self.close()
         return self
 
     def close(self) -> None:

@@ -2,16 +2,17 @@
 
 A `Completion` is the text over one `Generation`: whole characters only, nothing of a stop string, and a
 reason at the end. `merged` takes pieces from several of them as they come. A reply that is not streamed
-is the same loop with the pieces joined, so both have the same text byte for byte. No HTTP here.
+goes through the same steps, only less often, so both have the same text byte for byte. No HTTP here.
 """
 
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from inference.sequence import EngineDown, Failure, Finished, FinishReason, Generation, OutOfTime, Token
+from inference.sequence import EngineDown, Event, Failure, Finished, FinishReason, Generation, OutOfTime, Token
 from storage.tokenizer import StopFinder, Tokenizer
 
+MOST = 8  # events in one piece: a reader who is late gets larger pieces, not ever later ones
 TURN = 0.02  # seconds to wait for one of several completions before looking at the others
 
 
@@ -21,7 +22,7 @@ class GenerationFailed(Exception):
 
 @dataclass(frozen=True)
 class Piece:
-    """What one event brought: perhaps some text, perhaps a token, perhaps the end."""
+    """What the events that were there brought: perhaps some text, perhaps tokens, perhaps the end."""
 
     completion: "Completion"
     text: str = ""
@@ -42,6 +43,7 @@ class Completion:
         self._finder = StopFinder(stops)
         self._held: Token | None = None  # a token of `ends`, whose text is dropped if the engine stops there
         self._pieces: list[str] = []
+        self._failed: Exception | None = None  # raised by the next poll: what came before it goes out first
         self.tokens: list[Token] = []  # every generated one, also those that are not in the text
         self.finish_reason: str | None = None  # "stop" or "length"
         self.stop_reason: str | int | None = None  # the stop string or token id that ended it
@@ -57,13 +59,28 @@ class Completion:
             self.generation.cancel()
 
     def poll(self, timeout: float) -> Piece | None:
-        """Return what the next event brings, or None when none comes in time.
+        """Return what the next event brings, with others that are there by then, or None when none comes in time.
 
         Raises GenerationFailed, OutOfTime, and EngineDown when the server stops.
         """
+        if self._failed is not None:
+            raise self._failed
         event = self.generation.next(timeout)
         if event is None:
             return None
+        piece = self._piece(event)
+        for _ in range(MOST - 1):
+            if piece.last or not self.generation.ready or (event := self.generation.next(0.0)) is None:
+                break
+            try:
+                more = self._piece(event)
+            except Exception as error:
+                self._failed = error
+                break
+            piece = Piece(self, piece.text + more.text, piece.tokens + more.tokens, more.last)
+        return piece
+
+    def _piece(self, event: Event) -> Piece:
         return self._end(event) if isinstance(event, Finished) else self._token(event)
 
     def _token(self, token: Token) -> Piece:
@@ -109,10 +126,13 @@ def merged(completions: Sequence[Completion], idle: float) -> Iterator[Piece | N
     live = list(completions)
     quiet_since = time.monotonic()
     while live:
-        wait = idle if len(live) == 1 else min(idle, TURN)
-        pieces = [piece for completion in live if (piece := completion.poll(0.0)) is not None]
-        if not pieces and (piece := live[0].poll(wait)) is not None:
-            pieces = [piece]
+        if len(live) == 1:
+            piece = live[0].poll(idle)
+            pieces = [] if piece is None else [piece]
+        else:
+            pieces = [piece for completion in live if (piece := completion.poll(0.0)) is not None]
+            if not pieces and (piece := live[0].poll(min(idle, TURN))) is not None:
+                pieces = [piece]
         yield from pieces
         live = [completion for completion in live if completion.finish_reason is None]
         now = time.monotonic()
@@ -121,3 +141,18 @@ def merged(completions: Sequence[Completion], idle: float) -> Iterator[Piece | N
         elif now - quiet_since >= idle:
             quiet_since = now
             yield None
+
+
+def settle(completions: Sequence[Completion], idle: float) -> Iterator[None]:
+    """Take in all completions to their ends, with a moment for the caller every `idle` seconds at least.
+
+    A token wakes nobody, which leaves the processor to the engine.
+    """
+    live = list(completions)
+    while live:
+        live[0].generation.wait_end(idle)
+        for completion in live:
+            while completion.finish_reason is None and completion.poll(0.0) is not None:
+                pass
+        live = [completion for completion in live if completion.finish_reason is None]
+        yield
