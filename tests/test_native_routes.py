@@ -142,6 +142,28 @@ def test_a_stop_string_ends_the_text_before_it(server):
 
 
 @pytest.mark.parametrize(
+    ("prompt", "said", "stop", "expected"),
+    [
+        ("say stop", " it is", "stop", " it is"),  # whole in the prompt
+        ("say st", "op it", "stop", "op it"),  # half in the prompt
+        ("日本", "語です。終", "本語", "語です。終"),
+        ("cafe", "\u0301 au lait", "e\u0301", "\u0301 au lait"),
+        ("👩", "\u200d👩\u200d👧 x", "👩\u200d👩", "\u200d👩\u200d👧 x"),
+        ("say st", "op, stop", "stop", "op, "),  # and once more in the reply
+    ],
+)
+def test_a_stop_string_that_begins_in_the_prompt_stops_nothing(server, prompt, said, stop, expected):
+    follow(server, said)
+    length = len(server.engine.tokenizer.encode(said))
+    body = {"prompt": prompt, "max_new_tokens": length, "stop": stop}
+    whole = server.post("/api/generate", body).json
+    assert whole["generated_text"] == prompt + expected
+    streamed = events(server.post("/api/generate", {**body, "stream": True}))
+    assert "".join(event["text"] for event in streamed[:-2] if "text" in event) == expected
+    assert streamed[-2]["generated_text"] == prompt + expected
+
+
+@pytest.mark.parametrize(
     "text", ["plain words", "naïve 日本語 and 👩‍👩‍👧 too", "half a stop: tol", "a stop: told. More"]
 )
 def test_streamed_text_equals_unstreamed_text(server, text):
