@@ -7,13 +7,14 @@ BIN := .venv/bin
 PY := $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup dev run demo test check lint faults sanitize bench clean
+.PHONY: help setup dev run demo test compat faults check lint sanitize bench clean
 
 help:
 	@echo "make run     set up, then start the server on port $(PORT) with the bundled model"
 	@echo "make demo    train a small model, serve it and generate, in under three minutes"
 	@echo "make test    set up with development packages, then run the tests"
 	@echo "make faults  break a running server in every way that tests/faults knows; minutes"
+	@echo "make compat  the tests with other people's clients, among them OpenAI's, LangChain and lm-eval"
 	@echo "make check   ruff, mypy, tests, lines per file"
 	@echo "make sanitize  the native step's tests under AddressSanitizer and UBSan"
 	@echo "make bench   measure ours and the peers side by side"
@@ -49,6 +50,9 @@ test: dev
 
 faults: dev
 	$(BIN)/pytest -m "slow or not slow" tests/faults
+
+compat: dev
+	$(BIN)/pytest -v tests/compat
 
 lint: dev
 	$(BIN)/ruff format --check .

@@ -78,7 +78,8 @@ def _note_request(app: Flask, metrics: Metrics) -> None:
         response.headers["X-Request-Id"] = g.request_id
         ignored = g.get("ignored_params")
         if ignored:
-            response.headers["X-Ignored-Params"] = ", ".join(name for name in ignored if name.isidentifier())[:1000]
+            names = (name for name in ignored if name.isascii() and name.isidentifier())  # a header takes no others
+            response.headers["X-Ignored-Params"] = ", ".join(names)[:1000]
         return close_if_unread(response)
 
     app.before_request(begin)

@@ -104,6 +104,11 @@ def test_unknown_fields_are_ignored_and_named(server):
     assert reply.status_code == 200 and reply.headers["X-Ignored-Params"] == "foo, metadata"
 
 
+def test_unknown_fields_that_no_header_can_name_are_ignored_in_silence(server):
+    reply = server.post("/v1/completions", {"prompt": "a", "max_tokens": 1, "𝑐": 1, "a\nb": 1, "foo": 1})
+    assert reply.status_code == 200 and reply.headers["X-Ignored-Params"] == "foo"
+
+
 def test_stream_options_without_a_stream_do_no_harm(server):
     complete(server, stream=False, stream_options={"include_usage": True, "continuous_usage_stats": True})
 

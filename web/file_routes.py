@@ -20,12 +20,12 @@ from web.context import Context, context
 from web.errors import Refused
 from web.openai_schemas import OpenAIError
 from web.paging import PageQuery, page
-from web.schemas import FileForm, Reply
+from web.schemas import BEFORE_ROUTES, FileForm, Reply
 
 MULTIPART_BYTES = 64 * 1024  # of an upload's body beside the file
 PAGE = 10_000
 TYPES = {".jsonl": "application/jsonl", ".txt": "text/plain; charset=utf-8", "": "application/octet-stream"}
-ERRORS: dict[str | int | HTTPStatus, Any] = dict.fromkeys((400, 401, 403, 415), OpenAIError)
+ERRORS: dict[str | int | HTTPStatus, Any] = BEFORE_ROUTES | dict.fromkeys((400, 401, 403, 415), OpenAIError)
 
 routes = APIBlueprint("files", __name__, abp_tags=[Tag(name="OpenAI")], abp_responses=ERRORS)
 
@@ -131,7 +131,7 @@ def file(path: FilePath) -> dict[str, Any]:
 @routes.get(
     "/v1/files/<file_id>/content",
     responses={
-        200: {"description": "the bytes", "content": {"application/octet-stream": {"schema": {"type": "string"}}}},
+        200: {"description": "the bytes", "content": {kind: {"schema": {"type": "string"}} for kind in TYPES.values()}},
         404: OpenAIError,
     },
 )

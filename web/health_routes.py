@@ -15,14 +15,14 @@ from flask_openapi3.models.tag import Tag
 
 from web.context import Context, context
 from web.errors import Refused
-from web.schemas import Error, Reply, RequestPath
+from web.schemas import BEFORE_ROUTES, Error, Reply, RequestPath
 
 STALLED = 4.0  # seconds without a heartbeat
 STATIC = Path(__file__).parent / "static"
 SWAGGER = Path(flask_openapi3_swagger.__file__).parent / "templates" / "swagger"
 TEXT = {"text/plain": {"schema": {"type": "string"}}}
 
-ERRORS: dict[str | int | HTTPStatus, Any] = {400: Error, 401: Error, 403: Error}
+ERRORS: dict[str | int | HTTPStatus, Any] = BEFORE_ROUTES | {400: Error, 401: Error, 403: Error}
 
 routes = APIBlueprint("health", __name__, abp_tags=[Tag(name="operations")], abp_responses=ERRORS)
 

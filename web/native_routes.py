@@ -18,9 +18,9 @@ from web import sse
 from web.batch import Batch, context_tokens, encode, loaded_model, too_long
 from web.client import Client
 from web.context import context
-from web.schemas import Error, GenerateBody, Generated, LoadBody, Message, Models, NoFields, Status
+from web.schemas import BEFORE_ROUTES, Error, GenerateBody, Generated, LoadBody, Message, Models, NoFields, Status
 
-ERRORS: dict[str | int | HTTPStatus, Any] = {
+ERRORS: dict[str | int | HTTPStatus, Any] = BEFORE_ROUTES | {
     400: Error,
     401: Error,
     403: Error,

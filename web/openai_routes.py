@@ -32,8 +32,10 @@ from web.openai_schemas import (
     OpenAIError,
     TokenizeBody,
 )
+from web.schemas import BEFORE_ROUTES
 
-ERRORS: dict[str | int | HTTPStatus, Any] = dict.fromkeys((400, 401, 403, 404, 415, 429, 503, 504), OpenAIError)
+REFUSALS = (400, 401, 403, 404, 415, 429, 503, 504)
+ERRORS: dict[str | int | HTTPStatus, Any] = BEFORE_ROUTES | dict.fromkeys(REFUSALS, OpenAIError)
 
 routes = APIBlueprint("openai", __name__, abp_tags=[Tag(name="OpenAI")], abp_responses=ERRORS)
 

@@ -6,6 +6,7 @@ may rely on; more may come. Training's body is TrainConfig itself.
 """
 
 from collections.abc import Mapping
+from http import HTTPStatus
 from typing import Annotated, Any
 
 from flask_openapi3.models.file import FileStorage
@@ -239,6 +240,11 @@ class Error(BaseModel):
     """What is wrong."""
 
     error: str
+
+
+BEFORE_ROUTES: dict[str | int | HTTPStatus, Any] = dict.fromkeys(
+    (413, 414, 431), Error
+)  # answers that any route may have before it is reached
 
 
 class Status(Reply):
