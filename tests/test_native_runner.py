@@ -3,6 +3,7 @@
 import copy
 import ctypes
 import math
+import os
 import random
 import subprocess
 import sys
@@ -372,6 +373,7 @@ print((peak() - before) * 1024, runner.packed_bytes)
 """
 
 
+@pytest.mark.skipif(build.SANITIZE_SETTING in os.environ, reason="AddressSanitizer keeps what is freed")
 def test_a_model_in_its_files_is_packed_with_little_more_memory_than_the_packed_takes(tmp_path):
     model = GPT(GPTConfig(n_layer=4, n_head=12, n_embd=768, block_size=32, vocab_size=256))  # 114 MB in float32
     export(model, char_tokenizer("abc"), tmp_path / "m")
