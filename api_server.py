@@ -187,8 +187,7 @@ def build(settings: Settings, workspace: Workspace) -> tuple[Flask, ServerProces
         memory=half_of_memory(settings.device) if memory is None else memory,
     )
     allow = partial(check_allowed, settings)
-    yielding = settings.training_priority == "idle"
-    backend = LocalBackend(workspace, yielding=yielding, at_once=settings.max_jobs)
+    backend = LocalBackend(workspace, priority=settings.training_priority, at_once=settings.max_jobs)
     jobs = JobManager(workspace, backend, max_jobs=settings.max_jobs, allow=allow)
     app = create_app(settings, engine, jobs, workspace)
     return app, ServerProcess(app.extensions[EXTENSION])

@@ -28,18 +28,18 @@ from torch.nn.parallel import DistributedDataParallel
 from learning import lora
 from learning.machine import Machine
 from learning.optimizers import optimizers
-from learning.start import start
+from learning.start import last_good, start
 from learning.team import Team
 from model import GPT
 from storage import checkpoints
 from storage.datasets import Splits, dataset
-from storage.errors import StorageError
 from storage.registry import pretrained_names
 from storage.runs import Run, Workspace
 from training.best import BestLoss
 from training.command_line import parse
 from training.config import ConfigError, TrainConfig, resolve
 from training.examples import Part, learned, order_of, weight
+from training.log import patient_output
 from training.outcome import Diverged, Outcome
 from training.probe import probe
 from training.progress import PreparationLine
@@ -224,27 +224,23 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
 
 
-def save(trainer: Trainer, run: Run, best: bool) -> None:
-    """Write ckpt.pt, and best.pt (weights alone) if this is the best; process 0 writes, all take part."""
+def save(trainer: Trainer, run: Run, report: Report, best: bool) -> None:
+    """Write ckpt.pt, and best.pt (weights alone) if this is the best; process 0 writes, all take part.
+
+    A failed write, as on a full disk, does not end the run: the checkpoint before it stays.
+    """
     state = trainer.state()
-    if trainer.team.rank == 0:
+
+    def write() -> None:
         checkpoints.save_checkpoint(run.checkpoint, state)
         if best:
             checkpoints.save_checkpoint(run.best, {**state, "optimizer": None, "lora": {}})
-    trainer.saved = trainer.iter_num
+
+    if not trainer.team.sum(trainer.team.rank == 0 and not report.attempt(trainer.iter_num, write)):
+        trainer.saved = trainer.iter_num
 
 
-def last_good(run: Run) -> dict[str, Any] | None:
-    """Return the state in the newest checkpoint from before the losses rose, None if there is none."""
-    for path in (run.checkpoint, run.previous):
-        with contextlib.suppress(StorageError):
-            state = checkpoints.load_training_state(path)
-            if state.get("roll_backs", {}).get("spikes", 0) == 0:
-                return state
-    return None
-
-
-def roll_back(trainer: Trainer, workspace: Workspace, run: Run, reason: Diverged) -> None:
+def roll_back(trainer: Trainer, workspace: Workspace, run: Run, report: Report, reason: Diverged) -> None:
     """Go back to the last good checkpoint, or to the start if none was written yet, with half the rate.
 
     Raises Diverged when that has been done often enough, or cannot be done.
@@ -259,7 +255,8 @@ def roll_back(trainer: Trainer, workspace: Workspace, run: Run, reason: Diverged
     if state is not None:
         trainer.restore(state)
         trainer.team.sum(0)  # nobody may still be reading what process 0 replaces
-        save(trainer, run, best=False)
+        save(trainer, run, report, best=False)
+    report.rolled_back(trainer.iter_num, trainer.seconds, trainer.roll_backs.note)
 
 
 def loop(trainer: Trainer, run: Run, report: Report, outcome: Outcome) -> None:
@@ -273,13 +270,15 @@ def loop(trainer: Trainer, run: Run, report: Report, outcome: Outcome) -> None:
         if evaluation is not None and trainer.iter_num > 0:
             if trainer.team.rank == 0 and config.sample_tokens and not trainer.stop.requested:
                 report.sample(trainer.iter_num, *trainer.sample())
-            save(trainer, run, best)
+            save(trainer, run, report, best)
         early = trainer.best.verdict(trainer.iter_num, config)
         if trainer.iter_num >= config.max_iters or early is not None or trainer.team.sum(trainer.stop.requested):
             break
         update = trainer.update()
     if trainer.saved != trainer.iter_num:
-        save(trainer, run, best=False)
+        save(trainer, run, report, best=False)
+    if report.failure is not None:  # now its work would be lost
+        raise report.failure
     outcome.note = "; ".join(filter(None, (trainer.roll_backs.note, early))) or None
     outcome.stopped = trainer.iter_num < config.max_iters and early is None
 
@@ -308,15 +307,14 @@ def train(config: TrainConfig, workspace: Workspace, run: Run, team: Team, outco
             return loop(trainer, run, report, outcome)
         except Diverged as error:
             reason = error.with_traceback(None)  # its frames hold memory of the device
-        roll_back(trainer, workspace, run, reason)
-        report.rolled_back(trainer.iter_num, trainer.seconds, trainer.roll_backs.note)
+        roll_back(trainer, workspace, run, report, reason)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit code: 0 for an end as asked, 1 a failure, 2 a refusal."""
     sys.stdout.reconfigure(line_buffering=True)
     stop = StopSignal.installed()
-    with Outcome() as outcome:
+    with patient_output(), Outcome() as outcome:
         config, workspace = parse(sys.argv[1:] if argv is None else argv, Path(__file__).resolve().parent)
         config = resolve(config, pretrained_names(workspace))
         run, team = workspace.run_from_output_dir(config.output_dir), Team()

@@ -3,8 +3,8 @@
     .venv/bin/python -m bench.bench_sharing [--models bundled,gpt2] [--dtype bf16] [--rounds 5] [--threads 2]
 
 The engine is the server's, without HTTP; the job is `train.py` with the nano preset, started as the server starts
-it: once as a job that yields, once as one that does not (`--training_priority normal`). In each round both are
-frozen (SIGSTOP) or let go (SIGCONT) in turn, one at a time, while the same request decodes.
+it, once with each `--training_priority`. In each round they are frozen (SIGSTOP) or let go (SIGCONT) in turn, one
+at a time, while the same request decodes.
 """
 
 import argparse
@@ -26,14 +26,14 @@ from training.local_backend import LocalBackend
 from training.process import signal_session
 
 SETTLE = 0.3  # seconds after which a process that was let go is at work again
-ALONE, YIELDING, NORMAL = "no job", "a job that yields", "a job of normal priority"
+ALONE, PRIORITIES = "no job", ("low", "idle", "normal")
 
 
 class Job:
     """A training job that can be frozen and let go."""
 
-    def __init__(self, workspace: Workspace, name: str, yielding: bool):
-        self.run, self.backend = workspace.run(name), LocalBackend(workspace, yielding=yielding)
+    def __init__(self, workspace: Workspace, priority: str):
+        self.run, self.backend = workspace.run(priority), LocalBackend(workspace, priority=priority)
         self.run.folder.mkdir(parents=True)
         fields = {"dataset": "text", "output_dir": self.run.relative, "model_type": "nano", "max_iters": 10**9}
         fields |= {"eval_interval": 10**9, "log_interval": 10, "sample_tokens": 0}
@@ -84,7 +84,10 @@ def report(title: str, figures: dict[str, Figure], speeds: dict[str, list[float]
     print("|---|---|---|---|")
     for name, figure in figures.items():
         job = Figure(speeds[name]).text(1) if speeds[name] else ""
-        print(f"| {name} | {figure.text()} | {ratio(figure, figures[ALONE])} | {job} |")
+        print(
+            f"| {name if name == ALONE else f'a job of {name} priority'} | {figure.text()} "
+            f"| {ratio(figure, figures[ALONE])} | {job} |"
+        )
     print(f"\n({others:.2f} cores were used by others, the jobs among them)\n", flush=True)
 
 
@@ -101,13 +104,14 @@ def main() -> None:
         text = workspace.data / "text" / "text.txt"
         text.parent.mkdir(parents=True)
         text.write_text("".join(path.read_text() for path in sorted(ROOT.glob("*/*.py"))))
-        jobs = {YIELDING: Job(workspace, "yielding", True)}
+        jobs: dict[str, Job] = {}
         try:
-            jobs[NORMAL] = Job(workspace, "normal", False)
+            for priority in PRIORITIES:
+                jobs[priority] = Job(workspace, priority)
             for name in args.models.split(","):
                 folder = ROOT / "models" / "tiny-shakespeare" if name == "bundled" else model_folder(WORK)
                 engine, new = ours(folder, args.dtype, args.threads), 224 if name == "bundled" else 128
-                speeds: dict[str, list[float]] = {ALONE: [], YIELDING: [], NORMAL: []}
+                speeds: dict[str, list[float]] = {ALONE: [], **{priority: [] for priority in PRIORITIES}}
                 samples = {each: beside(jobs.get(each), engine, new, speeds[each]) for each in speeds}
                 try:
                     engine.run(prompts(1, 16, 500, seed=0), new)

@@ -5,6 +5,7 @@ and adds what the data needs: the tokens of the chat format for chats. Which mod
 training/starting_point.py.
 """
 
+import contextlib
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from learning.vocabulary import rows_for, with_rows
 from model import GPT, GPTConfig
 from storage import checkpoints, tokenizer
 from storage.datasets import dataset
+from storage.errors import StorageError
 from storage.runs import Run, Workspace
 from storage.tokenizer import Tokenizer
 from storage.tokenizer_choice import fitting, tokenizer_for
@@ -67,3 +69,13 @@ def start(config: TrainConfig, workspace: Workspace, run: Run, first: bool) -> t
     if weights is not None:
         model.load_state_dict(model.state_dict() | weights)  # new adapters stay as they are
     return model, tokenizer.load(run.tokenizer), state
+
+
+def last_good(run: Run) -> dict[str, Any] | None:
+    """Return the training state in the newest checkpoint from before the losses rose, None if there is none."""
+    for path in (run.checkpoint, run.previous):
+        with contextlib.suppress(StorageError):
+            state = checkpoints.load_training_state(path)
+            if state.get("roll_backs", {}).get("spikes", 0) == 0:
+                return state
+    return None

@@ -17,6 +17,7 @@ from storage.encodings import UTF8, Transcoder, check_encoding
 from storage.errors import BadName, Exists, NotLoadable, TooLarge
 from storage.files import quoted, replace_file, sync_folder, temporary_beside
 from storage.runs import Workspace
+from storage.trash import move_to_trash
 
 STORED_AS = {".txt": "text.txt", ".jsonl": "documents.jsonl"}
 KEPT = ("prepare.py", "README.md")
@@ -99,12 +100,10 @@ def upload(
 
 
 def delete(workspace: Workspace, name: object) -> None:
-    """Delete a dataset's folder; of one with a prepare.py only what that can make again. Raises NotFound."""
+    """Move a dataset to data/.trash; of one with a prepare.py delete only what that makes again. Raises NotFound."""
     folder = dataset(workspace, name).folder
     if not os.path.lexists(folder / "prepare.py"):
-        gone = temporary_beside(folder)
-        os.rename(folder, gone)
-        shutil.rmtree(gone)
+        move_to_trash(folder)
         return
     for entry in list(os.scandir(folder)):
         if entry.name in KEPT:

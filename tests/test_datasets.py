@@ -802,10 +802,12 @@ def test_of_two_uploads_at_once_one_wins(workspace):
     assert os.listdir(workspace.data) == ["mine"]
 
 
-def test_a_deleted_dataset_is_gone(workspace):
+def test_a_deleted_dataset_is_in_the_trash_and_no_longer_listed(workspace):
     make(workspace, "mine", text_txt=TEXT).prepare(BPE)
     delete(workspace, "mine")
-    assert os.listdir(workspace.data) == []
+    assert os.listdir(workspace.data) == [".trash"] and datasets(workspace) == []
+    (kept,) = (workspace.data / ".trash").iterdir()
+    assert (kept / "text.txt").exists()
     with pytest.raises(NotFound):
         delete(workspace, "mine")
 

@@ -1,5 +1,6 @@
 """The job manager: one job per folder, in order, found again after a restart, and never somebody else's process."""
 
+import errno
 import json
 import os
 import threading
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from storage.errors import BadName, NoSpace, NotFound, StorageError
+from storage.errors import BadName, NoSpace, NotFound, NotWritable, StorageError
 from storage.files import write_json
 from storage.runs import Workspace
 from training import disk_space, metrics
@@ -335,6 +336,27 @@ def test_a_trainer_that_dies_fails_with_its_code_and_last_words(place):
     manager.create(config("b"))
     place.backend.end("b", code=-9)
     assert "killed by SIGKILL, perhaps because memory ran out" in wait_for(manager, "b", "failed")["error"]
+
+
+def test_a_trainer_that_the_system_ended_for_memory_failed_out_of_memory(place, monkeypatch):
+    kills = iter([3, 4])
+    monkeypatch.setattr("training.jobs.memory_kills", lambda: next(kills))
+    manager = place.manager()
+    manager.create(config())
+    place.backend.end("a", code=-9)
+    assert wait_for(manager, "a", "failed")["error"].startswith("out of memory: the system ended it; lower batch_size")
+
+
+@pytest.mark.parametrize("number, kind", [(errno.EROFS, NotWritable), (errno.ENOSPC, NoSpace)], ids=["ro", "full"])
+def test_on_a_read_only_or_full_disk_a_job_is_refused_and_leaves_no_folder(place, monkeypatch, number, kind):
+    def failing(path, obj):
+        raise OSError(number, os.strerror(number))
+
+    manager = place.manager()
+    monkeypatch.setattr("training.jobs.write_json", failing)
+    with pytest.raises(kind, match="out/a could not be written"):
+        manager.create(config())
+    assert not place.workspace.run("a").folder.exists() and manager.counts() == {"running": 0, "queued": 0}
 
 
 def test_stop_asks_and_the_trainer_saves(place):

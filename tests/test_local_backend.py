@@ -60,13 +60,19 @@ def test_a_trainer_runs_in_its_own_session_at_low_priority_and_writes_to_its_log
     identity = trainers.start(run, resume=True, downloads=False)
     assert ended(trainers, identity) == 7 and trainers.exit_code(identity) is None
     log = run.log.read_text()
-    assert "session True" in log and "nice 19" in log and f"policy {os.SCHED_IDLE}" in log
-    assert "oom 500" in log and ("autogroup" not in log or "nice 19 group" in log)
+    assert "session True" in log and "nice 10 policy 0" in log and "oom 500" in log
+    assert "autogroup" not in log or "nice 10 group" in log
     assert str(run.config) in log and "'--init_from', 'resume'" in log
 
 
+def test_an_idle_trainer_runs_when_nothing_else_wants_to(run):
+    trainers = LocalBackend(Workspace(run.folder.parent.parent), script=script(run, ""), priority="idle")
+    ended(trainers, trainers.start(run, resume=False, downloads=False))
+    assert f"nice 19 policy {os.SCHED_IDLE}" in run.log.read_text()
+
+
 def test_a_trainer_that_need_not_yield_has_the_priority_of_the_server_but_ends_first_without_memory(run):
-    trainers = LocalBackend(Workspace(run.folder.parent.parent), script=script(run, ""), yielding=False)
+    trainers = LocalBackend(Workspace(run.folder.parent.parent), script=script(run, ""), priority="normal")
     ended(trainers, trainers.start(run, resume=False, downloads=False))
     assert f"nice {os.nice(0)} policy {os.sched_getscheduler(0)}" in run.log.read_text()
     assert "oom 500" in run.log.read_text()

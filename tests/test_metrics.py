@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -159,3 +160,14 @@ def test_rows_are_the_windows_with_the_token_after_each():
     tokens = np.arange(100, dtype=np.uint16)
     rows = gather(tokens, np.array([0, 90, 3]), 9)
     assert rows.dtype == np.uint16 and rows.tolist() == [list(range(s, s + 10)) for s in (0, 90, 3)]
+
+
+def test_a_row_that_does_not_fit_on_the_disk_leaves_no_half(tmp_path, monkeypatch):
+    metrics.append(tmp_path / "m", {"iter_num": 1})
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:5]))
+    with pytest.raises(OSError, match="No space left"):
+        metrics.append(tmp_path / "m", {"iter_num": 2})
+    monkeypatch.undo()
+    metrics.append(tmp_path / "m", {"iter_num": 3})
+    assert [row["iter_num"] for row in metrics.read(tmp_path / "m")] == [1, 3]

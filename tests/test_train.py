@@ -1,5 +1,7 @@
 """train.py: it learns, resumes to the last bit, stops when asked, and refuses what cannot work before it starts."""
 
+import contextlib
+import errno
 import json
 import math
 import os
@@ -22,6 +24,7 @@ from storage.runs import Run, Workspace
 from storage.tokenizer import char_tokenizer
 from training import metrics
 from training.config import ConfigError, TrainConfig
+from training.job import Job
 from training.starting_point import check_fit
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -309,12 +312,16 @@ REFUSED = {
 def test_what_cannot_work_is_refused_in_one_sentence_with_exit_code_2(place, capsys, fields, sentence):
     assert place.train("a", **fields) == 2
     said = capsys.readouterr().err.strip()
-    assert sentence in said and "\n" not in said and not place.run("a").checkpoint.exists()
-    if place.run("a").result.exists():
-        assert place.result("a") | {"finished": 0} == {
-            "state": "failed", "iter_num": 0, "best_val_loss": None, "note": None, "exit_code": 2, "finished": 0,
-            "error": said.removeprefix("train.py: "),
-        }  # fmt: skip
+    assert sentence in said and "\n" not in said and not place.run("a").folder.exists()
+
+
+def test_a_refusal_in_a_folder_that_a_server_made_is_told_in_its_result(place, capsys):
+    place.run("a").folder.mkdir(parents=True)
+    assert place.train("a", block_size=60_000) == 2
+    assert place.result("a") | {"finished": 0} == {
+        "state": "failed", "iter_num": 0, "best_val_loss": None, "note": None, "exit_code": 2, "finished": 0,
+        "error": capsys.readouterr().err.strip().removeprefix("train.py: "),
+    }  # fmt: skip
 
 
 def test_a_model_and_data_of_different_tokenizers_are_refused(place, capsys):
@@ -415,6 +422,47 @@ def test_a_full_disk_fails_the_run_with_that_reason_and_keeps_the_last_checkpoin
     monkeypatch.setattr(train.checkpoints, "save_checkpoint", save_until(6, NoSpace("the disk is full")))
     assert place.train("a") == 1
     assert place.result("a")["error"] == "the disk is full" and place.state("a")["iter_num"] == 6
+
+
+def test_a_save_that_fails_is_told_and_the_next_one_tries_again(place, monkeypatch):
+    save, tried = checkpoints.save_checkpoint, []
+
+    def failing(path, state):
+        tried.append(state["iter_num"])
+        if state["iter_num"] == 12:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        save(path, state)
+
+    monkeypatch.setattr(train.checkpoints, "save_checkpoint", failing)
+    assert place.train("a", max_iters=24) == 0 and place.state("a")["iter_num"] == 24
+    told = {
+        r["iter_num"]: r["checkpoint_error"] for r in metrics.read(place.run("a").metrics) if "checkpoint_error" in r
+    }
+    sentence = "no checkpoint could be written at iteration 12: Input/output error; the next save tries again"
+    assert told == {12: sentence, 18: None}
+    assert Job(place.run("a")).describe()["checkpoint_error"] is None
+    metrics.cut(place.run("a").metrics, 12)
+    assert Job(place.run("a")).describe()["checkpoint_error"] == sentence
+
+
+def test_rows_that_cannot_be_written_do_not_end_a_run(place, monkeypatch, capsys):
+    def full(path, row):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(metrics, "append", full)
+    assert place.train("a") == 0 and place.state("a")["iter_num"] == 12
+    said = capsys.readouterr().out
+    assert said.count("could not be written, and rows will be missing: No space left on device") == 1
+
+
+def test_output_that_cannot_be_written_does_not_end_a_run(place, monkeypatch):
+    with open("/dev/full", "w", buffering=1) as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        assert place.train("a") == 0
+        patch.undo()
+        with contextlib.suppress(OSError):
+            full.close()
+    assert place.result("a")["state"] == "succeeded"
 
 
 def test_a_signal_before_the_first_iteration_stops_at_once(place, monkeypatch):

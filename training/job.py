@@ -126,6 +126,7 @@ class Job:
             "started": status.started,
             "finished": status.finished,
             "error": status.error,
+            "checkpoint_error": row.get("checkpoint_error"),
             "note": result.get("note") or row.get("note"),
             "exit_code": status.exit_code,
             "activity": job_log.last_lines(self.run.log, 1)[-200:] or None if running else None,

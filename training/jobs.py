@@ -18,6 +18,7 @@ from storage import datasets, registry
 from storage.errors import NotFound, StorageError
 from storage.files import check_name, disk_errors_explained, sweep_temporary, write_json
 from storage.runs import Run, Workspace
+from storage.trash import empty_trash, move_to_trash
 from training import admission
 from training import log as job_log
 from training.backend import TrainingBackend
@@ -27,7 +28,6 @@ from training.hardware import memory_kills
 from training.job import ENDED, Job, Status, read_object, trainer_of
 from training.job_queue import JobQueue
 from training.lock_file import OutLock
-from training.trash import move_to_trash
 
 __all__ = ["ConfigError", "Job", "JobBusy", "JobManager"]
 
@@ -58,6 +58,8 @@ class JobManager:
         self._allow = allow
         self._workspace, self._backend, self._max_jobs, self._grace = workspace, backend, max_jobs, grace
         self._out = OutLock(workspace.out)
+        for folder in (workspace.out, workspace.data):
+            empty_trash(folder)
         self._lock = threading.RLock()
         self._queue = JobQueue()
         self._deadlines: dict[str, float] = {}  # by the monotonic clock, of jobs that were asked to end
@@ -128,7 +130,7 @@ class JobManager:
                 raise JobBusy(f"{run.relative} holds a trained model: resume it, delete it, or set overwrite")
             admission.require_room(self._workspace, run, resolved)
             with disk_errors_explained(run.relative):
-                kept = move_to_trash(run) if replaces else None
+                kept = move_to_trash(run.folder) if replaces else None
                 try:
                     self._set_up(run, resolved, Status("queued", time.time(), priority=priority))
                 except (OSError, StorageError):
@@ -217,7 +219,7 @@ class JobManager:
             if status is not None and status.state == "queued":
                 self._queue.remove(job.name)
             self._require_idle(job.run)
-            move_to_trash(job.run)
+            move_to_trash(job.run.folder)
 
     # ---- refusals
 

@@ -1,8 +1,8 @@
 """LocalBackend: trainers as processes of this machine, each in a session of its own.
 
 A trainer writes to train.log, never to a pipe, so nothing breaks when the server goes away. Its environment
-is made from a list of allowed names: no keys of the server reach it. It runs when the server leaves a core
-idle, and is the first that the system ends when memory runs out.
+is made from a list of allowed names: no keys of the server reach it. It yields to the
+server, and is the first that the system ends when memory runs out.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 NAMES = {"PATH", "HOME", "LANG", "TMPDIR", "VIRTUAL_ENV", "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "HF_HOME"}
 NAMES |= {"HF_ENDPOINT", "TIKTOKEN_CACHE_DIR", "HTTPS_PROXY", "https_proxy", "NO_PROXY", "no_proxy", "SSL_CERT_FILE"}
 PREFIXES = ("LC_", "HF_HUB_", "TORCH", "OMP_", "MKL_")
-NICE = 19
+NICE = {"low": 10, "idle": 19}  # a tenth of the time of a core that others want, or next to none
 OOM_SCORE = 500  # of 1000; the server keeps 0
 
 
@@ -35,19 +35,19 @@ def environment(of: Mapping[str, str], downloads: bool) -> dict[str, str]:
     return {"PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "passive"} | kept
 
 
-def yield_to_the_server(pid: int) -> None:
-    """Let a process that leads its session run when nothing else wants to; what the system forbids is left out.
+def yield_to_the_server(pid: int, priority: str = "low") -> None:
+    """Give a process that leads its session a priority, "low" or "idle"; what the system forbids is left out.
 
     Linux shares a core between sessions first (autogroups), and only then by the niceness of processes, so the
-    session's own niceness counts; SCHED_IDLE makes the trainer leave a core at once when a thread of the
-    server, whose step is waiting for it, wakes up. Threads and children that it starts later are the same.
+    session's own niceness counts. Threads and children that it starts later are the same.
     """
     with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, pid, NICE)
+        os.setpriority(os.PRIO_PROCESS, pid, NICE[priority])
     with contextlib.suppress(OSError):
-        Path(f"/proc/{pid}/autogroup").write_text(str(NICE))
+        Path(f"/proc/{pid}/autogroup").write_text(str(NICE[priority]))
     with contextlib.suppress(OSError):
-        os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))
+        if priority == "idle":
+            os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))
 
 
 def hurry(pid: int) -> None:
@@ -74,11 +74,11 @@ class LocalBackend:
         workspace: Workspace,
         python: str = sys.executable,
         script: Path = PROJECT / "train.py",
-        yielding: bool = True,
+        priority: str = "low",
         at_once: int = 1,
     ):
-        """Start trainers with `python`; `yielding` ones leave the cores to the server, `at_once` share them out."""
-        self._workspace, self._program, self._yielding = workspace, [python, str(script)], yielding
+        """Start trainers with `python`; their `priority` is low, idle or normal, and `at_once` share the cores out."""
+        self._workspace, self._program, self._priority = workspace, [python, str(script)], priority
         cores = len(os.sched_getaffinity(0))
         self._budget = {} if at_once == 1 else {"OMP_NUM_THREADS": str(max(1, cores // at_once))}
         self._children: dict[ProcessIdentity, subprocess.Popen[bytes]] = {}
@@ -104,8 +104,8 @@ class LocalBackend:
                 start_new_session=True,
             )
         end_first_without_memory(child.pid)
-        if self._yielding:
-            yield_to_the_server(child.pid)
+        if self._priority != "normal":
+            yield_to_the_server(child.pid, self._priority)
         identity = identify(child.pid)
         if identity is None:  # it has ended already, and still waits for us: its number cannot be anyone else's
             identity = ProcessIdentity(child.pid, 0, "")

@@ -3,15 +3,46 @@
 import codecs
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, TextIO, cast
 
 from storage.errors import NotFound
 from storage.files import open_descriptor
 
 TAIL_BYTES = 64 * 1024
 CAP_BYTES, KEPT_BYTES = 50 * 2**20, 2**20
+
+
+class PatientStream:
+    """A text stream on which a write may fail: on a full disk a line is lost, and not the run that prints it."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write what can be written."""
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush what can be flushed."""
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def patient_output() -> Iterator[None]:
+    """Let sys.stdout and sys.stderr bear a full disk inside."""
+    out, err = cast(TextIO, PatientStream(sys.stdout)), cast(TextIO, PatientStream(sys.stderr))
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        yield
 
 
 def _read(path: Path, start: int, limit: int) -> tuple[bytes, int]:

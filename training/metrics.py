@@ -4,6 +4,7 @@ A row belongs to an iteration (`iter_num`). Readers never trust the last line to
 end of a large file without reading all of it.
 """
 
+import errno
 import json
 import math
 import os
@@ -22,11 +23,14 @@ def finite(value: Any) -> Any:
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
-    """Append a row in one write, so that readers see all of it or nothing."""
-    line = json.dumps({name: finite(value) for name, value in row.items()}, allow_nan=False)
+    """Append a row in one write, so that readers see all of it or nothing. Raises OSError, and leaves no half row."""
+    line = json.dumps({name: finite(value) for name, value in row.items()}, allow_nan=False).encode() + b"\n"
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        os.write(descriptor, line.encode() + b"\n")
+        before = os.fstat(descriptor).st_size
+        if os.write(descriptor, line) < len(line):
+            os.ftruncate(descriptor, before)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     finally:
         os.close(descriptor)
 

@@ -3,10 +3,14 @@
 It decides when a row is due and computes speeds; it never touches the training.
 """
 
+import contextlib
 import math
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from storage.errors import StorageError
 from storage.runs import Run
 from training import metrics
 from training.config import TrainConfig
@@ -34,6 +38,8 @@ class Report:
         self.batch = int(config.batch_size or 1) * int(config.gradient_accumulation_steps or 1)  # windows per iteration
         self.line = ProgressLine(self.max_iters)
         self.val_loss: float | None = None
+        self.rows_lost = False
+        self.failure: StorageError | OSError | None = None  # of the last attempt at a checkpoint
         self.since = (0, 0.0)  # iter_num and seconds at the last row
         self.tokens = self.flops = 0  # of one iteration
 
@@ -44,6 +50,30 @@ class Report:
             metrics.cut(self.run.metrics, iter_num)
             metrics.cut(self.run.samples, iter_num)
 
+    def _append(self, path: Path, row: dict[str, Any]) -> None:
+        """Append a row; on a disk that takes none it is lost, which is said once, and the run goes on."""
+        try:
+            metrics.append(path, row)
+        except OSError as error:
+            if not self.rows_lost:
+                self.line.say(f"{path.name} could not be written, and rows will be missing: {error.strerror}")
+            self.rows_lost = True
+
+    def attempt(self, iter_num: int, write: Callable[[], None]) -> bool:
+        """Have a checkpoint written and say whether it was; what went wrong is kept in `failure` and reported."""
+        failed, self.failure = self.failure is not None, None
+        try:
+            write()
+        except (StorageError, OSError) as error:
+            self.failure = error
+        if self.run is not None and (failed or self.failure is not None):
+            why = getattr(self.failure, "strerror", None) or self.failure
+            said = f"no checkpoint could be written at iteration {iter_num}: {why}; the next save tries again"
+            sentence = None if why is None else said
+            self.line.say(sentence or f"a checkpoint could be written again at iteration {iter_num}")
+            self._append(self.run.metrics, {"iter_num": iter_num, "checkpoint_error": sentence, "time": time.time()})
+        return self.failure is None
+
     def start(self, parameters: int, window: int, flops_per_token: int) -> None:
         """Tell the size of the model, of a window, and the operations for a token, forward and backward."""
         self.tokens = self.batch * window
@@ -53,10 +83,11 @@ class Report:
 
     def rolled_back(self, iter_num: int, seconds: float, note: str | None) -> None:
         """Say that the run went back to `iter_num`, and why; what was reported after it will come again."""
-        self.resume(iter_num, seconds)
+        with contextlib.suppress(StorageError, OSError):  # on a full disk the old rows stay
+            self.resume(iter_num, seconds)
         if self.run is not None:
             self.line.say(str(note))
-            metrics.append(self.run.metrics, {"iter_num": iter_num, "note": note, "time": time.time()})
+            self._append(self.run.metrics, {"iter_num": iter_num, "note": note, "time": time.time()})
 
     def iteration(
         self,
@@ -88,13 +119,13 @@ class Report:
         if due:
             row |= {"elapsed_seconds": seconds, "memory_bytes": memory, "time": time.time(), **(evaluation or {})}
             row |= {} if note is None or evaluation is None else {"note": note}
-            metrics.append(self.run.metrics, row)
+            self._append(self.run.metrics, row)
             self.since = (iter_num, seconds)
 
     def sample(self, iter_num: int, prompt: str, text: str) -> None:
         """Report a text sample: a row in samples.jsonl, and one line in the log."""
         if self.run is None:
             return
-        metrics.append(self.run.samples, {"iter_num": iter_num, "prompt": prompt, "text": text})
+        self._append(self.run.samples, {"iter_num": iter_num, "prompt": prompt, "text": text})
         shown = repr(prompt + text)[1:-1]
         self.line.say(f"sample: {shown[:200]}")

@@ -3,16 +3,17 @@
 import contextlib
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from storage.errors import StorageError
 from storage.files import read_json, write_json
 from storage.runs import Run
+from storage.trash import move_to_trash
 from training.config import ConfigError, TrainConfig
 from training.process import TRAINER, identify
 from training.starting_point import require_elsewhere
-from training.trash import move_to_trash
 
 
 @contextlib.contextmanager
@@ -39,14 +40,18 @@ def _make_way(run: Run, config: TrainConfig) -> None:
         raise ConfigError(f"{run.relative} holds a trained model; {instead}")
     require_elsewhere(config, run)
     with _locked(run.folder, run.relative):
-        move_to_trash(run)
+        move_to_trash(run.folder)
 
 
 @contextlib.contextmanager
 def claim(run: Run, config: TrainConfig) -> Iterator[None]:
-    """Hold the run's folder, made if need be, with its train_config.json. Raises ConfigError."""
+    """Hold the run's folder, made if need be, with its train_config.json. Raises ConfigError.
+
+    A run that is refused inside before it has reported anything leaves no folder that was not there before.
+    """
     if config.init_from != "resume":
         _make_way(run, config)
+    new = not run.folder.exists()
     run.folder.mkdir(parents=True, exist_ok=True)
     with _locked(run.folder, run.relative):
         write_json(run.folder / TRAINER, {} if (me := identify(os.getpid())) is None else me.to_json())
@@ -55,7 +60,12 @@ def claim(run: Run, config: TrainConfig) -> Iterator[None]:
             run.metrics.unlink(missing_ok=True)
             run.samples.unlink(missing_ok=True)
         write_json(run.config, config.given() | _first_start(run, config))
-        yield
+        try:
+            yield
+        except (ConfigError, StorageError):
+            if new and not run.metrics.exists():
+                shutil.rmtree(run.folder, ignore_errors=True)
+            raise
 
 
 def _first_start(run: Run, config: TrainConfig) -> dict[str, str]:

@@ -82,7 +82,9 @@ class Settings:
 
     max_jobs: int = setting(1, "training jobs that run at once; others wait", 1, 64)
     training_priority: str = setting(
-        "idle", "CPU time of jobs: what the server leaves over, or as other programs", choices=("idle", "normal")
+        "low",
+        "CPU time of jobs where the server wants it, too: a tenth, next to none, or a fair share",
+        choices=("low", "idle", "normal"),
     )
     max_body_bytes: int = setting(8 * MIB, "largest JSON body", 1024, 2**40)
     max_upload_bytes: int = setting(1024 * MIB, "largest dataset upload", 1024, 2**50)
