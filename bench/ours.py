@@ -14,6 +14,7 @@ import torch
 
 from bench.contestant import serve
 from inference.build import RunnerOptions, build_runner
+from inference.decode_graphs import recorder
 from inference.engine import Engine
 from inference.sequence import SamplingParams
 from inference.torch_runner import TorchRunner
@@ -29,7 +30,7 @@ def torch_runner(model: GPT | StoredModel, options: RunnerOptions) -> tuple[Any,
     dtype = "fp32" if options.dtype == "auto" else options.dtype
     device = "cpu" if options.device == "auto" else options.device
     whole = model if isinstance(model, GPT) else model.load()
-    return TorchRunner(whole, options.slots, device, dtype), "asked for by the benchmark"
+    return TorchRunner(whole, options.slots, device, dtype, recorder(device)), "asked for by the benchmark"
 
 
 def prepare(args: argparse.Namespace) -> tuple[str, Callable[[list[list[int]], int], float]]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from inference.decode_graphs import recorder
 from inference.native.machine import cpu_flags
 from inference.torch_runner import DTYPES, TorchRunner
 from model import GPT, GPTConfig
@@ -127,8 +128,9 @@ def build_runner(model: "GPT | StoredModel", options: RunnerOptions) -> tuple["M
         slots = options.slots
         if options.cache_memory is not None and choice.device != "cpu":  # all of it is taken at once there
             one = 2 * model.config.n_layer * model.config.n_embd * DTYPES[choice.dtype].itemsize
-            slots = max(1, min(slots, options.cache_memory // (one * model.config.block_size)))
-        return TorchRunner(whole, slots, choice.device, choice.dtype), choice.reason
+            spare = 1 if choice.device == "cuda" else 0  # the scratch slot of decode graphs
+            slots = max(1, min(slots, options.cache_memory // (one * model.config.block_size) - spare))
+        return TorchRunner(whole, slots, choice.device, choice.dtype, recorder(choice.device)), choice.reason
     from inference.native_runner import NativeRunner
 
     return NativeRunner(model, options.slots, choice.dtype, options.threads), choice.reason

@@ -29,7 +29,8 @@ def memory_bytes(
     if runner == "torch" and device == "cpu":
         args["tied"] = False  # the packed head is a copy
     weights = count_parameters(args) * BYTES[dtype]
-    cache = 2 * config.n_layer * slots * config.block_size * config.n_embd * (4 if dtype == "fp32" else 2)
+    places = slots + 1 if device == "cuda" else slots  # the scratch slot of decode graphs
+    cache = 2 * config.n_layer * places * config.block_size * config.n_embd * (4 if dtype == "fp32" else 2)
     return weights + (cache if cache_memory is None else min(cache, cache_memory))
 
 

@@ -122,14 +122,18 @@ class KVCache:
         self._positions = torch.tensor(positions, dtype=torch.long, device=self.device)
         runs = find_runs(slots, positions)
         for run in runs:
-            self._forget(run.slot, run.end - run.count)
-            self._written[run.slot] = run.end
+            self.note(run.slot, run.end - run.count, run.end)
         single = [r for r in runs if r.count == 1]
         self._together = None
         if len(single) > 1 and (self.device.type != "cpu" or Together.pays(single)):
             self._together = Together(single, self.device, self.dtype)
             runs = [r for r in runs if r.count > 1]
         self._runs = [(r, r.mask(self.device)) for r in runs]
+
+    def note(self, slot: int, start: int, end: int) -> None:
+        """Expect positions `start` to `end` - 1 of a slot to be written now, and forget what it held from there on."""
+        self._forget(slot, start)
+        self._written[slot] = end
 
     def _forget(self, slot: int, start: int) -> None:
         """Zero a slot from `start` on: a masked position counts 0 times its value, and may hold no number."""

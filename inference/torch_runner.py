@@ -4,16 +4,21 @@ It drives `GPT.hidden` with a KV cache, so that the model's mathematics is writt
 A step's rows go through the linears together, whatever sequences they belong to. On CPU their weights
 are packed once, by oneDNN, in the order in which this CPU reads them: a plain linear reorders or strides
 through its weights in every call, 2 to 4 times slower at one row and 1.5 times at sixteen.
+On CUDA, steps that only decode are replayed from graphs (decode_graphs.py).
 """
 
+import logging
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from inference.decode_graphs import DecodeGraphs, Record
 from inference.kv_cache import KVCache
 from inference.runner import check_copy, check_slot
 from model import GPT
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FUSED = {"gelu": "none", "gelu_new": "tanh"}  # our activations in oneDNN's words
@@ -68,7 +73,11 @@ class TorchRunner:
 
     name = "torch"
 
-    def __init__(self, model: GPT, slots: int, device: str = "cpu", dtype: str = "fp32"):
+    def __init__(self, model: GPT, slots: int, device: str = "cpu", dtype: str = "fp32", record: Record | None = None):
+        """`record` makes graphs of decode steps, which take one more slot of the cache; None: every step is launched.
+
+        Raises ValueError for a precision that it does not have.
+        """
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}; the torch runner has {', '.join(DTYPES)}")
         config = model.config
@@ -78,16 +87,34 @@ class TorchRunner:
         if device == "cpu" and _can_pack():
             _pack(model, rows=slots)
         self._model: GPT | None = model
-        shape = (config.n_layer, slots, config.n_head, config.block_size, config.head_size)
+        places = slots if record is None else slots + 1
+        shape = (config.n_layer, places, config.n_head, config.block_size, config.head_size)
         self._cache: KVCache | None = KVCache(shape, torch.device(device), DTYPES[dtype])
         self.position_bytes = self._cache.position_bytes
         self.last_argmax: list[int] | None = None
+        self._graphs = None if record is None else DecodeGraphs(model, self._cache, slots, record)
+        if self._graphs is not None:
+            try:
+                self._graphs.prepare()
+            except RuntimeError:
+                logger.exception("decode steps cannot be recorded")
+                self._launch_all()
+
+    def _launch_all(self) -> None:
+        """Do without graphs from now on."""
+        logger.warning("every decode step is launched kernel by kernel from now on, which is slower")
+        self._graphs = None
 
     @torch.inference_mode()
     def rows(
         self, tokens: Sequence[int], slots: Sequence[int], positions: Sequence[int], want: Sequence[int]
     ) -> Tensor:
         """Compute one step; see `ModelRunner.rows`."""
+        if self._graphs is not None and self._graphs.fit(slots):
+            replayed = self._graphs.rows(tokens, slots, positions, want)
+            if replayed is not None:
+                return replayed
+            self._launch_all()
         model, hidden = self._compute(tokens, slots, positions, want)
         logits: Tensor = model.lm_head(hidden)
         return logits.float()
@@ -126,4 +153,4 @@ class TorchRunner:
 
     def close(self) -> None:
         """Give back weights and cache."""
-        self._model = self._cache = None
+        self._model = self._cache = self._graphs = None

@@ -15,6 +15,7 @@ WITH_TORCH = {
     "storage/pretrained.py",
     "inference/build.py",
     "inference/engine.py",
+    "inference/decode_graphs.py",
     "inference/kv_cache.py",
     "inference/native_runner.py",
     "inference/runner.py",
