@@ -3,6 +3,7 @@ PYTHON ?= python3
 PORT ?= 5000
 PIP_FLAGS ?=
 BENCH_FLAGS ?=
+BENCH_HTTP_FLAGS ?= $(BENCH_FLAGS)
 BIN := .venv/bin
 PY := $(BIN)/python
 
@@ -71,6 +72,8 @@ bench: dev
 	$(PY) -m bench.bench_generate --dtype bf16 $(BENCH_FLAGS)
 	$(PY) -m bench.bench_generate --dtype int8 $(BENCH_FLAGS)
 	$(PY) -m bench.bench_generate --dtype torch $(BENCH_FLAGS)
+	$(PY) -m bench.bench_http --dtype bf16 $(BENCH_HTTP_FLAGS)
+	$(PY) -m bench.bench_http --dtype int8 $(BENCH_HTTP_FLAGS)
 	$(PY) -m bench.bench_train
 
 clean:

@@ -1,128 +1,143 @@
-"""HTTP: what the server costs over its engine, in one run, on GPT-2 124M with random weights.
+"""HTTP: our server, its engine without HTTP, and llama-server, in one run, on GPT-2 124M with random weights.
 
-    .venv/bin/python -m bench.bench_http [--dtype bf16] [--clients 16] [--rounds 5] [--small]
+    .venv/bin/python -m bench.bench_http [--dtype bf16|int8] [--llama_dir FOLDER] [--peer_python PYTHON]
+        [--clients 16] [--rounds 3] [--small]
 
-The engine alone (bench/ours.py) and the server take turns at the same work: prompts of 64 random tokens, 128 new
-ones, greedy, end-of-text ignored, 2 threads; streamed, and in one piece. One thread reads all streams, so that
-the clients' own work stays small beside the server's, with which it shares the machine.
+All take turns at the same work: prompts of 64 random tokens, 128 new ones, greedy, end-of-text ignored, 2 threads;
+one client and 16 at once, streamed and in one piece. What HTTP costs a request is told by requests for one token,
+each beside one of the engine. A peer that is not installed is said to be absent.
 """
 
 import argparse
-import json
-import re
-import selectors
-import socket
-import subprocess
+import itertools
 import sys
 import tempfile
-import time
+from collections.abc import Callable
 from pathlib import Path
 
-from bench.contestant import ROOT, Process
-from bench.measure import Figure, Noise, machine, ratio
+from bench import http_servers, peer_llama
+from bench.contestant import Absent, Process
+from bench.http_servers import Server, free_port
+from bench.measure import Figure, Noise, comparison, machine
 from bench.reference_model import WORK, model_folder, prompts
+from storage.pretrained import load_folder
 
 NEW, PROMPT = 128, 64
+ASKS = 10  # requests for one token in each round
+OURS, ENGINE = "our server", "our engine"
+KINDS = {"streamed": True, "in one piece": False}
+TIMES_LLAMA = {"bf16": 2.5, "int8": 3.5}  # what is aimed at with all clients
+OF_ENGINE = 0.85
+MOST_MS = 2.0
+
+Prompts = Callable[[int], list[list[int]]]
 
 
-class Server:
-    """The server in a process of its own."""
-
-    def __init__(self, root: Path, folder: Path, dtype: str, slots: int):
-        flags = ["--port", "0", "--root", str(root), "--model_type", "gpt2", "--pretrained_dir", str(folder.parent)]
-        flags += ["--threads", "2", "--slots", str(slots), "--dtype", dtype, "--prefill_tokens", "2048"]
-        command = [sys.executable, str(ROOT / "api_server.py"), *flags]
-        self.child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        self.port = 0
-        while not self.port:
-            line = self.child.stdout.readline()  # type: ignore[union-attr]
-            if not line:
-                raise SystemExit("the server did not start")
-            found = re.search(r"http://127\.0\.0\.1:(\d+)", line)
-            self.port = int(found[1]) if found else 0
-
-    def run(self, works: list[list[int]], stream: bool) -> float:
-        """Continue all prompts at once; return the seconds until the last has ended."""
-        selector, waiting = selectors.DefaultSelector(), {}
-        begun = time.perf_counter()
-        for prompt in works:
-            connection = socket.create_connection(("127.0.0.1", self.port))
-            connection.sendall(request(prompt, stream))
-            selector.register(connection, selectors.EVENT_READ)
-            waiting[connection] = bytearray()
-        left = set(waiting)
-        while left:
-            for key, _ in selector.select():
-                data = key.fileobj.recv(65536)  # type: ignore[union-attr]
-                waiting[key.fileobj] += data  # type: ignore[index]
-                if not data:
-                    selector.unregister(key.fileobj)
-                    left.discard(key.fileobj)  # type: ignore[arg-type]
-        seconds = time.perf_counter() - begun
-        for connection, said in waiting.items():
-            connection.close()
-            if f'"completion_tokens":{NEW}'.encode() not in bytes(said).replace(b" ", b""):
-                raise RuntimeError(f"not {NEW} tokens: {bytes(said[-300:])!r}")
-        return seconds
-
-    def close(self) -> None:
-        """End it."""
-        self.child.terminate()
-        self.child.wait(60)
+def title(clients: int, kind: str) -> str:
+    """Return a column's title."""
+    return f"{clients} client{'s' if clients > 1 else ''}, {kind}, tokens/s"
 
 
-def request(prompt: list[int], stream: bool) -> bytes:
-    """Return the bytes of a request whose connection the server closes after the reply."""
-    body = {"prompt": prompt, "max_tokens": NEW, "temperature": 0, "ignore_eos": True, "stream": stream}
-    if stream:
-        body["stream_options"] = {"include_usage": True}
-    data = json.dumps(body).encode()
-    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"
-    return f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data
+def one_round(
+    engine: Process, servers: list[Server], clients: int, new: int, make: Prompts
+) -> dict[str, dict[str, float]]:
+    """Return tokens per second by column and contestant; the engine's figure stands in both kinds' columns."""
+    whole = clients * new
+    alone = whole / engine.run(make(clients), new).seconds
+    return {
+        title(clients, kind): {s.name: whole / s.run(make(clients), new, stream) for s in servers} | {ENGINE: alone}
+        for kind, stream in KINDS.items()
+    }
 
 
-def report(clients: int, figures: dict[str, Figure]) -> None:
-    """Print tokens per second, the share of the engine's, and milliseconds per request over the engine."""
-    engine = figures["engine"]
-    print(f"\n**{clients} at once**\n\n| | tokens/s | of the engine's | ms a request over it |\n|---|---|---|---|")
-    for name, figure in figures.items():
-        speed = Figure([clients * NEW / seconds for seconds in figure.samples])
-        more = Figure([(a - b) * 1e3 / clients for a, b in zip(figure.samples, engine.samples, strict=True)])
-        print(f"| {name} | {speed.text()} | {ratio(engine, figure)} | {more.text(2)} |", flush=True)
+def costs(engine: Process, server: Server, make: Prompts, count: int) -> dict[str, Figure]:
+    """Return by kind how many ms a request for one token takes beyond the engine, each beside one of the engine's."""
+    more = {kind: Figure() for kind in KINDS}
+    for _ in range(count):
+        alone = engine.run(make(1), 1).seconds
+        for kind, stream in KINDS.items():
+            more[kind].samples.append((server.run(make(1), 1, stream) - alone) * 1e3)
+    return more
+
+
+def measure(
+    engine: Process, servers: list[Server], clients: int, rounds: int, make: Prompts
+) -> tuple[dict[str, dict[str, Figure]], dict[str, Figure]]:
+    """Return tokens per second by column and contestant, and what HTTP costs by kind; servers[0] is ours."""
+    figures: dict[str, dict[str, Figure]] = {}
+    more = {kind: Figure() for kind in KINDS}
+    counts = sorted({1, clients})
+    for count in counts:
+        one_round(engine, servers, count, 8, make)  # warms up
+    costs(engine, servers[0], make, 2)
+    for _ in range(rounds):
+        for count in counts:
+            for column, values in one_round(engine, servers, count, NEW, make).items():
+                for name, value in values.items():
+                    figures.setdefault(column, {}).setdefault(name, Figure()).samples.append(value)
+        for kind, figure in costs(engine, servers[0], make, ASKS).items():
+            more[kind].samples += figure.samples
+    return figures, more
+
+
+def report(figures: dict[str, dict[str, Figure]], more: dict[str, Figure], dtype: str, clients: int, llama: str) -> str:
+    """Return the tables and a line for each kind on what HTTP costs, with what is aimed at."""
+    columns = [title(clients, kind) for kind in KINDS]
+    targets = {(ENGINE, column): OF_ENGINE for column in columns}
+    if dtype in TIMES_LLAMA:
+        targets |= {(llama, column): TIMES_LLAMA[dtype] for column in columns}
+    names = [name for name in next(iter(figures.values())) if name != OURS]
+    text = comparison(figures, dict.fromkeys(figures, 0), set(), [(OURS, name) for name in names], targets)
+    for kind, figure in more.items():
+        verdict = "holds" if figure.median <= MOST_MS else "does not hold"
+        text += f"\nHTTP costs {figure.text(2)} ms a request {kind}; aim at most {MOST_MS:g}: {verdict}."
+    return text + "\n"
+
+
+def start(args: argparse.Namespace, folder: Path, root: Path, servers: list[Server]) -> list[str]:
+    """Add the servers that can take part, ours first; return what there is to say of the peer."""
+    port = free_port()
+    command = http_servers.ours(folder, root, args.dtype, args.threads, args.clients, port)
+    servers.append(Server(OURS, command, port))
+    name = f"llama-server {peer_llama.KINDS[args.dtype]}"
+    try:
+        model = peer_llama.gguf_file(folder, folder.parent, args.dtype, args.peer_python)
+        port = free_port()
+        command = http_servers.llama_server(model, args.llama_dir, PROMPT + NEW + 64, args.threads, args.clients, port)
+        servers.append(Server(name, command, port))
+    except Absent as e:
+        return [f"absent: {name} ({e})"]
+    return [f"{name}: {peer_llama.version(args.llama_dir)}"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dtype", default="bf16")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=("bf16", "int8", "fp32"), default="bf16")
+    parser.add_argument("--llama_dir", type=Path, help="folder of llama.cpp's programs; default: PATH")
+    parser.add_argument("--peer_python", default=sys.executable, help="Python that has gguf")
+    parser.add_argument("--work", type=Path, default=WORK, help="folder for the models, made at first use")
     parser.add_argument("--clients", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--small", action="store_true", help="a small model, to try this")
     args = parser.parse_args()
-    folder = model_folder(WORK, args.small)
-    vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
-    flags = ["--dtype", args.dtype, "--threads", "2", "--slots", str(args.clients)]
-    engine = Process("engine", [sys.executable, "-m", "bench.ours", str(folder), *flags])
+    folder = model_folder(args.work.resolve(), args.small)
+    vocab_size, seeds = load_folder(folder)[0].config.vocab_size, itertools.count()
+    flags = ["--dtype", args.dtype, "--threads", str(args.threads), "--slots", str(args.clients)]
+    engine = Process(ENGINE, [sys.executable, "-m", "bench.ours", str(folder), *flags])
+    servers: list[Server] = []
     with tempfile.TemporaryDirectory() as root:
-        server = Server(Path(root), folder, args.dtype, args.clients)
         try:
-            print(f"{machine()}; {engine.versions}")
+            said = [f"{ENGINE}: {engine.versions}", *start(args, folder, Path(root), servers)]
+            print(f"{machine()}; {args.threads} threads\n" + "".join(f"- {x}\n" for x in said), flush=True)
             noise = Noise()
-            for clients in (1, args.clients):
-                figures = {name: Figure() for name in ("engine", "streamed", "in one piece")}
-                for turn in range(args.rounds + 1):
-                    works = [prompts(clients, PROMPT, vocab_size, 3 * turn + i) for i in range(3)]
-                    seconds = [
-                        engine.run(works[0], NEW).seconds,
-                        server.run(works[1], stream=True),
-                        server.run(works[2], stream=False),
-                    ]
-                    for figure, value in zip(figures.values(), seconds, strict=True):
-                        if turn > 0:  # the first one warms up
-                            figure.samples.append(value)
-                report(clients, figures)
-            print(f"\nothers used {noise.cores():.2f} cores")
+            make: Prompts = lambda count: prompts(count, PROMPT, vocab_size, next(seeds))  # noqa: E731
+            figures, more = measure(engine, servers, args.clients, args.rounds, make)
+            print(report(figures, more, args.dtype, args.clients, servers[-1].name))
+            print(f"({args.rounds} rounds; others used {noise.cores():.2f} cores meanwhile)\n", flush=True)
         finally:
-            server.close()
+            for server in servers:
+                server.close()
             engine.close()
 
 
