@@ -146,9 +146,12 @@ def lineup(folder: Path, args: argparse.Namespace) -> Lineup:
 
 
 def measure(
-    contestants: list[Contestant], columns: tuple[Column, ...], vocab_size: int, rounds: int
+    contestants: list[Contestant], columns: tuple[Column, ...], vocab_size: int, rounds: int, warm_up: int = 4
 ) -> tuple[dict[str, dict[str, Figure]], Figure, float]:
-    """Return figures by column and contestant, the read bandwidth in GB/s, and the cores that others used."""
+    """Return figures by column and contestant, the read bandwidth in GB/s, and the cores that others used.
+
+    Before the first round every work is done once with at most `warm_up` new tokens.
+    """
     works = list(dict.fromkeys(column.work for column in columns))
     figures = {column.title: {c.name: Figure() for c in contestants} for column in columns}
     bandwidth, noise = Figure(), Noise()
@@ -158,7 +161,7 @@ def measure(
             if turn >= 0 and place == 0:
                 bandwidth.samples.append(read_bandwidth())
             for c in contestants:
-                result = c.run(ids, new if turn >= 0 else min(new, 4))
+                result = c.run(ids, new if turn >= 0 else min(new, warm_up))
                 for column in columns:
                     if turn >= 0 and column.work == (count, length, new):
                         figures[column.title][c.name].samples.append(column.value(result))

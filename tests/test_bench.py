@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import peer_llama
+from bench import bench_gpu, peer_llama
 from bench.bench_generate import COLUMNS, Lineup, measure, ours, pairs, report
 from bench.bench_native import row
 from bench.bench_quality import windows, with_channels_far_out
@@ -124,3 +124,26 @@ def test_a_line_of_the_native_step_tells_tokens_and_the_share_of_the_read_limit(
     assert line == "| bf16 | decode, 4 rows | 10.0 (10.0-10.0) | 400 | 50 (50-50) % |"
     line = row("prefill, 16 x 64", "int8", Figure([0.5]), Figure([10.0]), 1)
     assert line == "| int8 | prefill, 16 x 64 | 500.0 (500.0-500.0) | 2048 |  |"
+
+
+def test_the_gpu_benchmark_says_that_there_is_no_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as end:
+        bench_gpu.main([])
+    assert end.value.code == 1 and "no GPU here that torch can use" in capsys.readouterr().err
+
+
+def test_the_gpu_benchmark_compares_with_what_is_present_and_with_the_aims(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = [sys.executable, "-c", "raise SystemExit('not here')"]
+    monkeypatch.setattr(bench_gpu, "transformers", lambda *_: Process("transformers bf16", missing))
+    flags = ["--device", "cpu", "--small", "--requests", "3", "--rounds", "1", "--threads", "1"]
+    bench_gpu.main([*flags, "--work", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert "absent: transformers bf16 (transformers bf16 ended: not here)" in said
+    assert "| ours bf16 | " in said and "3 requests, tokens/s" in said and "these figures mean nothing" in said
+    assert bench_gpu.verdict("1", Figure([2.0, 4.0, 3.0]), 3).endswith("aim 3: holds.")
+    assert bench_gpu.verdict("1", Figure([2.0, 4.0, 3.0]), 3.5).endswith("aim 3.5: does not hold.")
