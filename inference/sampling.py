@@ -14,6 +14,7 @@ Letters: n rows, V vocabulary, G groups, w candidates.
 
 import math
 from collections import Counter
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -32,7 +33,8 @@ def sample(logits: Tensor, sequences: list[Sequence], greatest: list[int] | None
     tokens: list[Token | None] = [None] * len(sequences)
     known = [] if greatest is None else _known(logits, sequences, greatest)
     for i, token_id in known:
-        tokens[i] = _token(logits[i], token_id, sequences[i].params.logprobs)
+        top = sequences[i].params.logprobs
+        tokens[i] = Token(token_id) if top is None else score(logits[i : i + 1], [token_id], top)[0]
     rest = [i for i, token in enumerate(tokens) if token is None]
     if rest:
         part = logits if len(rest) == len(sequences) else logits[rest]
@@ -59,37 +61,60 @@ def _unchanged(s: Sequence) -> bool:
 
 
 def _sample(logits: Tensor, sequences: list[Sequence]) -> list[Token | None]:
-    """Choose by passes over the logits."""
+    """Choose by passes over the logits. Greedy and plain rows wait for the device once, when all is chosen."""
     adjusted = _penalize(logits, sequences)
     peaks = _peaks(adjusted)
     best = peaks.amax(-1)  # NaN and +inf come out as the greatest
-    sound = best.isfinite().tolist()
-    ids = [0] * len(sequences)
+    sound = best.isfinite()
     kinds: dict[str, list[int]] = {}
     for i, s in enumerate(sequences):
-        if sound[i]:
-            kinds.setdefault(_kind(s.params, logits.size(-1)), []).append(i)
+        kinds.setdefault(_kind(s.params, logits.size(-1)), []).append(i)
+    if not kinds.keys() <= {"greedy", "plain"}:  # candidates are looked for among numbers alone
+        whole = sound.tolist()
+        kinds = {kind: [i for i in rows if whole[i]] for kind, rows in kinds.items()}
+    ids = torch.zeros(len(sequences), dtype=torch.long, device=logits.device)
     for kind, rows in kinds.items():
-        every = len(rows) == len(sequences)
-        part = (adjusted, peaks, best) if every else (adjusted[rows], peaks[rows], best[rows])
-        chosen = _draw(kind, *part, [sequences[i] for i in rows])
-        for i, token_id in zip(rows, chosen.tolist(), strict=True):
-            ids[i] = token_id
-    return [_token(logits[i], ids[i], s.params.logprobs) if sound[i] else None for i, s in enumerate(sequences)]
+        if len(rows) == len(sequences):
+            ids = _draw(kind, adjusted, peaks, best, sequences)
+        elif rows:
+            ids[rows] = _draw(kind, adjusted[rows], peaks[rows], best[rows], [sequences[i] for i in rows])
+    ids = ids.clamp(max=logits.size(-1) - 1)  # of what is no number any id may come
+    return _tokens(logits, ids, sound, [s.params.logprobs for s in sequences])
 
 
 def score(logits: Tensor, next_ids: list[int], top: int | None) -> list[Token]:
     """Return the given next tokens of rows of logits (n, V) with their log-probabilities, for prompts."""
-    return [_token(row, token_id, top or 0) for row, token_id in zip(logits, next_ids, strict=True)]
+    ids = torch.tensor(next_ids, dtype=torch.long, device=logits.device)
+    tokens = _tokens(logits, ids, torch.ones_like(ids, dtype=torch.bool), [top or 0] * len(next_ids))
+    return [token for token in tokens if token is not None]
 
 
-def _token(row: Tensor, token_id: int, top: int | None) -> Token:
-    if top is None:
-        return Token(token_id)
-    logprobs = row.log_softmax(-1)
-    best = logprobs.topk(min(top, len(logprobs)))
-    pairs = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-    return Token(token_id, float(logprobs[token_id]), pairs)
+def _tokens(logits: Tensor, ids: Tensor, sound: Tensor, tops: list[int | None]) -> list[Token | None]:
+    """Return the tokens of ids (n,), None where they are not sound (n,); the device is read once, for logprobs twice.
+
+    tops[i] is how many of the most probable tokens go with row i's log-probability; None asks for neither.
+    """
+    wanted: dict[int, list[int]] = {}
+    for i, top in enumerate(tops):
+        if top is not None:
+            wanted.setdefault(min(top, logits.size(-1)), []).append(i)
+    whole, real = [ids, sound.long()], []
+    for top, rows in wanted.items():
+        every = len(rows) == len(tops)
+        logprobs = (logits if every else logits[rows]).log_softmax(-1)
+        best = logprobs.topk(top)
+        whole.append(best.indices.flatten())
+        chosen = logprobs.gather(1, (ids if every else ids[rows])[:, None])
+        real.append(torch.cat((chosen, best.values), dim=1).flatten())
+    numbers, logs = iter(torch.cat(whole).tolist()), iter(torch.cat(real).tolist() if real else ())
+    found, fine = [Token(token_id) for token_id in islice(numbers, len(tops))], list(islice(numbers, len(tops)))
+    for top, rows in wanted.items():
+        for i in rows:
+            logprob = next(logs)
+            found[i] = Token(
+                found[i].token_id, logprob, tuple(zip(islice(numbers, top), islice(logs, top), strict=True))
+            )
+    return [token if good else None for token, good in zip(found, fine, strict=True)]
 
 
 def _kind(p: SamplingParams, V: int) -> str:
@@ -250,10 +275,13 @@ def _invert(weights: Tensor, u: Tensor) -> Tensor:
 
 
 def _place(cumulative: Tensor, target: Tensor) -> Tensor:
-    """Return (n, 1) the first column that passes the target (n, 1); rounding never takes it past the last weight."""
+    """Return (n, 1) the first column that passes the target (n, 1); rounding never takes it past the last weight,
+
+    and what is no number finds some column.
+    """
     total = cumulative[:, -1:]
     target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target.contiguous(), right=True)
+    return torch.searchsorted(cumulative, target.contiguous(), right=True).clamp(max=cumulative.size(-1) - 1)
 
 
 class _Entries:

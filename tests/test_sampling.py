@@ -300,3 +300,30 @@ def test_a_known_place_past_the_tokens_or_that_is_no_number_is_looked_for() -> N
     logits = torch.cat([row(t5=2.0), row(t5=2.0, t7=math.inf), row(t5=math.nan)])
     found = sample(logits, [sequence(temperature=0.0) for _ in range(3)], [V, 7, V])
     assert [t and t.token_id for t in found] == [5, None, None]
+
+
+@pytest.mark.parametrize(("logprobs", "reads"), [(None, 1), (3, 2)])
+def test_greedy_and_plain_rows_are_read_from_the_device_at_the_end_alone(
+    logprobs: int | None, reads: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda t: seen.append(t.numel()) or tolist(t))
+    for name in ("item", "nonzero", "cpu", "__bool__", "__int__", "__float__"):
+        monkeypatch.setattr(torch.Tensor, name, lambda *_: pytest.fail("the device is waited for"))
+    many = [sequence(temperature=float(i % 2), seed=i, logprobs=logprobs) for i in range(4)]
+    tokens = sample(torch.cat([row(size, t5=30.0, t6=1.0 + i) for i in range(4)]), many)
+    assert [t.token_id for t in tokens if t is not None] == [5] * 4 and len(seen) == reads
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 0.0}, {"top_k": 3}, {"top_p": 0.5}, {"logprobs": 2}], ids=str)
+@pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
+def test_a_row_that_is_no_number_leaves_its_neighbours_their_tokens(
+    params: dict[str, Any], bad: float, size: int
+) -> None:
+    logits = torch.randn(3, size, generator=torch.Generator().manual_seed(3))
+    expected = sample(logits, [sequence(**params) for _ in range(3)])
+    for broken in (slice(None), slice(size - 1, None)):
+        logits[1, broken] = bad
+        assert sample(logits, [sequence(**params) for _ in range(3)]) == [expected[0], None, expected[2]]
+        logits[1] = 0.0
