@@ -51,7 +51,7 @@ from web.schemas import (
 )
 
 MULTIPART_BYTES = 64 * 1024  # of an upload's body beside the file
-ERRORS: dict[str | int | HTTPStatus, Any] = BEFORE_ROUTES | {400: Error, 401: Error, 403: Error, 415: Error}
+ERRORS: dict[str | int | HTTPStatus, Any] = BEFORE_ROUTES | {400: Error, 401: Error, 403: Error, 413: Error, 415: Error}
 
 routes = APIBlueprint("jobs", __name__, abp_tags=[Tag(name="training")], abp_responses=ERRORS)
 

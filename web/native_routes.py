@@ -24,6 +24,7 @@ ERRORS: dict[str | int | HTTPStatus, Any] = BEFORE_ROUTES | {
     400: Error,
     401: Error,
     403: Error,
+    413: Error,
     415: Error,
     429: Error,
     503: Error,

@@ -243,7 +243,7 @@ class Error(BaseModel):
 
 
 BEFORE_ROUTES: dict[str | int | HTTPStatus, Any] = dict.fromkeys(
-    (413, 414, 431), Error
+    (414, 431), Error
 )  # answers that any route may have before it is reached
 
 
