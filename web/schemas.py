@@ -242,9 +242,8 @@ class Error(BaseModel):
     error: str
 
 
-BEFORE_ROUTES: dict[str | int | HTTPStatus, Any] = dict.fromkeys(
-    (414, 431), Error
-)  # answers that any route may have before it is reached
+# Answers that any route may have before it is reached
+BEFORE_ROUTES: dict[str | int | HTTPStatus, Any] = dict.fromkeys((414, 431), Error)
 
 
 class Status(Reply):
