@@ -83,6 +83,13 @@ def recorder(device: str) -> Record | None:
     return CudaRecorder() if torch.device(device).type == "cuda" else None
 
 
+def return_memory(device: str) -> None:
+    """Give a GPU's memory that torch keeps for later back to the system, for other models and programs."""
+    if torch.device(device).type == "cuda":
+        with ONE_AT_A_TIME:  # freeing would end a recording
+            torch.cuda.empty_cache()
+
+
 @dataclass(frozen=True)
 class Shape:
     """What a graph is recorded for. In place, row i is slot i, for all slots; else rows are of any slots."""

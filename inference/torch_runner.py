@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from inference.decode_graphs import DecodeGraphs, Record
+from inference.decode_graphs import DecodeGraphs, Record, return_memory
 from inference.kv_cache import KVCache
 from inference.runner import check_copy, check_slot
 from model import GPT
@@ -154,3 +154,4 @@ class TorchRunner:
     def close(self) -> None:
         """Give back weights and cache."""
         self._model = self._cache = self._graphs = None
+        return_memory(self.device)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from inference.decode_graphs import EagerGraph, Graph, Shape, recorder, shape_for
+from inference.decode_graphs import ONE_AT_A_TIME, EagerGraph, Graph, Shape, recorder, return_memory, shape_for
 from inference.engine import Engine
 from inference.footprint import memory_bytes
 from inference.sequence import SamplingParams
@@ -216,3 +216,12 @@ def test_only_cuda_is_recorded_and_its_scratch_slot_counts_as_memory() -> None:
     assert recorder("cpu") is None and recorder("mps") is None
     with_scratch, without = (memory_bytes(CONFIG, "torch", device, "bf16", 4) for device in ("cuda", "mps"))
     assert with_scratch - without == 2 * CONFIG.n_layer * CONFIG.block_size * CONFIG.n_embd * 2
+
+
+def test_memory_goes_back_to_a_gpu_and_never_during_a_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: held.append(ONE_AT_A_TIME.locked()))
+    TorchRunner(tiny(), 1).close()
+    assert held == []
+    return_memory("cuda")
+    assert held == [True] and not ONE_AT_A_TIME.locked()

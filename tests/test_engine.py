@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inference.build import build_runner
+from inference.decode_graphs import EagerGraph
 from inference.engine import Engine
 from inference.sequence import (
     EngineDown,
@@ -109,6 +110,11 @@ def torch_runner(model: GPT, asked: Any) -> tuple[TorchRunner, str]:
     return TorchRunner(model, asked.slots), "a test"
 
 
+def static_runner(model: GPT, asked: Any) -> tuple[TorchRunner, str]:
+    """As on CUDA, but run again instead of replayed."""
+    return TorchRunner(model, asked.slots, record=EagerGraph), "a test"
+
+
 @pytest.fixture
 def make() -> Iterator[Callable[..., Engine]]:
     """Return a maker of engines that are closed at the end."""
@@ -182,7 +188,9 @@ def naive(model: GPT, prompt: list[int], n: int, eot: int | None = EOT) -> list[
 # --- exactness ---
 
 
-@pytest.mark.parametrize("build", [torch_runner, build_runner], ids=["torch", "the best here"])
+@pytest.mark.parametrize(
+    "build", [torch_runner, static_runner, build_runner], ids=["torch", "torch as on CUDA", "the best here"]
+)
 def test_requests_that_join_at_random_times_get_the_tokens_of_the_naive_generate(
     make: Callable[..., Engine], build: Any
 ) -> None:
