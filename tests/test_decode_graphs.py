@@ -1,9 +1,10 @@
 """Decode steps in static shapes: equal to the plain path and to naive generation. Recording itself needs CUDA."""
 
+import inspect
 import logging
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,17 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from inference.decode_graphs import ONE_AT_A_TIME, EagerGraph, Graph, Shape, recorder, return_memory, shape_for
+from inference.decode_graphs import (
+    ONE_AT_A_TIME,
+    WARM_UP,
+    CudaRecorder,
+    EagerGraph,
+    Graph,
+    Shape,
+    recorder,
+    return_memory,
+    shape_for,
+)
 from inference.engine import Engine
 from inference.footprint import memory_bytes
 from inference.sequence import SamplingParams
@@ -225,3 +236,40 @@ def test_memory_goes_back_to_a_gpu_and_never_during_a_recording(monkeypatch: pyt
     assert held == []
     return_memory("cuda")
     assert held == [True] and not ONE_AT_A_TIME.locked()
+
+
+class FakeCuda:
+    """As much of torch.cuda as a recording asks for; `said` is what happened, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.said: list[str] = []
+        signature = inspect.signature(torch.cuda.graph)  # the real one's, so that arguments are checked
+
+        @contextmanager
+        def graph(*args: Any, **options: Any) -> Iterator[None]:
+            bound = signature.bind(*args, **options).arguments
+            assert (bound["pool"], bound["stream"].name, bound["capture_error_mode"]) == (7, "side", "thread_local")
+            self.said += [f"begin, locked: {ONE_AT_A_TIME.locked()}"]
+            yield
+            self.said += ["end"]
+
+        monkeypatch.setattr(torch.cuda, "graph", graph)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 7)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda: self.stream("side"))
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.stream("main"))
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+
+    def stream(self, name: str) -> Any:
+        def wait(other: Any) -> None:
+            self.said.append(f"{name} waits for {other.name}")
+
+        return SimpleNamespace(name=name, wait_stream=wait)
+
+
+def test_a_recording_is_warmed_up_beside_and_made_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda(monkeypatch)
+    CudaRecorder()(lambda: cuda.said.append("work"))
+    warm = ["side waits for main", *["work"] * WARM_UP, "main waits for side"]
+    assert cuda.said == [*warm, "begin, locked: True", "work", "end"]
+    assert not ONE_AT_A_TIME.locked()
