@@ -77,7 +77,8 @@ class PrefillBudget:
     """How many prompt tokens a step may carry: while others decode, what makes it last about two decode steps.
 
     Durations are measured as the engine runs, since a prompt token costs a tenth of a decode step on a
-    small CPU and nothing on a GPU. With nobody to hold up, a step carries `most`, or half a second's worth.
+    small CPU and nothing on a GPU. With nobody to hold up, a step carries `most`, or half a second's worth:
+    so, too, when those who decode have had their first token only, as when many requests come together.
     """
 
     def __init__(self, most: int):
@@ -156,7 +157,7 @@ class Scheduler:
                 decode.append((sequence.slot, sequence))
         for slot, sequence in sorted(decode, key=lambda pair: pair[0]):  # runners like neighbouring slots
             step.add(sequence, slot, 1)
-        left = self.budget.tokens(decoding=bool(step.shares))
+        left = self.budget.tokens(decoding=any(len(s.output_ids) > 1 for _, s in decode))
         for sequence, slot in prefill:
             count = min(left, len(sequence.prompt_ids) - sequence.computed)
             if sequence.params.prompt_logprobs:

@@ -134,6 +134,21 @@ def test_the_budget_makes_a_mixed_step_last_about_two_decode_steps() -> None:
     assert budget.tokens(decoding=False) == 512
 
 
+def test_requests_that_come_together_do_not_wait_for_the_second_tokens_of_the_first() -> None:
+    scheduler = scheduler_of(slots=3, prefill_tokens=40)
+    for _ in range(2):
+        scheduler.budget.observe(0, 1000, 0.099)
+        scheduler.budget.observe(1, 0, 0.002)  # 20 prompt tokens beside those who decode
+    for _ in range(3):
+        scheduler.add(sequence(40))
+    steps = []
+    for _ in range(4):
+        step = next_step(scheduler)
+        steps.append((step.decoding, len(step.tokens)))
+        compute(step)
+    assert steps == [(0, 40), (1, 41), (2, 22), (2, 22)]
+
+
 def test_the_budget_has_a_floor_and_half_a_second_as_its_ceiling() -> None:
     budget = PrefillBudget(most=512)
     budget.observe(0, 10, 0.1)  # a slow machine: 10 ms a token
