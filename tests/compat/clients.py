@@ -16,10 +16,11 @@ def environment(folder: Path) -> dict[str, str]:
     return kept | {"HOME": str(folder), "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "PATH": path}
 
 
-def run(code: list[str], folder: Path) -> str:
-    """Return what a Python command prints that must succeed."""
+def output(command: list[str], folder: Path, given: str | None = None) -> str:
+    """Return what a command prints that must succeed; `given` is its standard input."""
     done = subprocess.run(
-        [sys.executable, *code],
+        command,
+        input=given,
         cwd=folder,
         env=environment(folder),
         capture_output=True,
@@ -28,3 +29,8 @@ def run(code: list[str], folder: Path) -> str:
     )
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout
+
+
+def run(code: list[str], folder: Path) -> str:
+    """Return what a Python command prints that must succeed."""
+    return output([sys.executable, *code], folder)

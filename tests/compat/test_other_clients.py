@@ -41,7 +41,7 @@ def expected(server) -> str:
 
 
 @pytest.fixture
-def embedded(server) -> list[float]:
+def embedded(server, expected) -> list[float]:
     """Return the embedding that every client must show."""
     return server.post("/v1/embeddings", {"model": "random", "input": PROMPT}).json()["data"][0]["embedding"]
 

@@ -6,11 +6,10 @@ Only the address is another. Snippets of a language that this machine lacks are 
 import json
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
-from clients import TASKS, environment
+from clients import TASKS, output
 from test_server_process import ROOT
 
 SECTION = re.search(r"^## Use it with\n(.*?)^## ", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)[1]
@@ -42,14 +41,4 @@ def test_the_snippet_runs(name, language, code, server, folder, node_modules):
         (folder / "node_modules").symlink_to(node_modules)
     code = code.replace("http://127.0.0.1:5000", server.url)
     (folder / "snippet.mjs").write_text(code)
-    done = subprocess.run(
-        PROGRAMS[language],
-        input=code,
-        cwd=folder,
-        env=environment(folder),
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == 0, f"{name}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-    assert done.stdout.strip(), f"{name} printed nothing"
+    assert output(PROGRAMS[language], folder, code).strip(), f"{name} printed nothing"
