@@ -99,6 +99,19 @@ def test_a_job_stops_goes_on_and_is_deleted(server):
     assert server.get("/api/jobs/shakespeare_model").status_code == 404
 
 
+@pytest.mark.parametrize("file", ["ckpt.pt", "best.pt"])
+def test_a_run_that_serves_is_not_deleted_before_it_is_unloaded(server, file):
+    server.post("/api/train", TRAIN)
+    server.client.post("/api/jobs/shakespeare_model/stop")
+    (server.workspace.out / "shakespeare_model" / file).write_bytes(b"weights")
+    server.post("/api/load_model", {"model_path": f"out/shakespeare_model/{file}"})
+    refused = server.client.delete("/api/jobs/shakespeare_model")
+    assert refused.status_code == 409 and "out/shakespeare_model holds the current model" in refused.json["error"]
+    assert "unload_model" in refused.json["error"]
+    assert server.client.post("/api/unload_model").status_code == 200
+    assert server.client.delete("/api/jobs/shakespeare_model").json["deleted"] is True
+
+
 def test_a_waiting_job_is_moved_in_the_queue_and_a_running_one_is_not(server):
     server.post("/api/train", TRAIN)
     waiting = server.post("/api/train", TRAIN | {"output_dir": "out/second", "priority": 3}).json

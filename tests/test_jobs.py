@@ -401,6 +401,45 @@ def test_delete_refuses_a_running_job_and_moves_an_ended_one_to_the_trash(place)
         manager.get("a")
 
 
+@pytest.mark.parametrize("start", ["a", "a/best", "out/a/ckpt.pt"])
+def test_a_run_that_a_job_has_yet_to_read_is_neither_deleted_nor_replaced(place, start):
+    manager = place.manager()
+    manager.create(config("a"))
+    place.checkpoint("a")
+    place.workspace.run("a").best.write_bytes(b"weights")
+    place.backend.end("a", state="succeeded", iter_num=20)
+    wait_for(manager, "a", "succeeded")
+    manager.create(config("other"))
+    manager.create(config("b", init_from=start))  # waits for the other
+    for change in (lambda: manager.delete("a"), lambda: manager.create(config("a", overwrite=True))):
+        with pytest.raises(JobBusy, match="out/a is what the job b starts from; stop it first"):
+            change()
+    manager.stop("other")
+    wait_for(manager, "b", "running")
+    with pytest.raises(JobBusy, match="starts from"):
+        manager.delete("a")
+    place.checkpoint("b")  # from here on it stands for itself
+    manager.delete("a")
+    assert not place.workspace.run("a").exists() and manager.get("b").state == "running"
+
+
+def test_a_waiting_job_that_cannot_be_moved_to_the_trash_keeps_its_place(place, monkeypatch):
+    manager = place.manager()
+    manager.create(config("a"))
+    manager.create(config("b"))
+    with monkeypatch.context() as patched:
+        patched.setattr("training.jobs.move_to_trash", lambda folder: raise_full())
+        with pytest.raises(NoSpace, match="out/b"):
+            manager.delete("b")
+    assert places(manager) == {"b": 1}
+    manager.delete("b")
+    assert places(manager) == {} and not place.workspace.run("b").exists()
+
+
+def raise_full():
+    raise OSError(errno.ENOSPC, "full")
+
+
 # ---- resuming
 
 

@@ -28,6 +28,7 @@ from training.hardware import memory_kills
 from training.job import ENDED, Job, Status, read_object, trainer_of
 from training.job_queue import JobQueue
 from training.lock_file import OutLock
+from training.starting_point import base_run
 
 __all__ = ["ConfigError", "Job", "JobBusy", "JobManager"]
 
@@ -128,6 +129,8 @@ class JobManager:
             admission.require_folder(run)
             if (replaces := admission.has_weights(run)) and not config.overwrite:
                 raise JobBusy(f"{run.relative} holds a trained model: resume it, delete it, or set overwrite")
+            if replaces:
+                self._require_unneeded(run)
             admission.require_room(self._workspace, run, resolved)
             with disk_errors_explained(run.relative):
                 kept = move_to_trash(run.folder) if replaces else None
@@ -212,14 +215,16 @@ class JobManager:
         return self.get(name)
 
     def delete(self, name: object) -> None:
-        """Move the folder of a job that does not run to out/.trash. Raises NotFound, JobBusy."""
+        """Move the folder of a job that does not run to out/.trash. Raises NotFound, StorageError, JobBusy."""
         job = self.get(name)
         with self._lock:
             status = self._queue.get(job.name)
-            if status is not None and status.state == "queued":
-                self._queue.remove(job.name)
-            self._require_idle(job.run)
-            move_to_trash(job.run.folder)
+            if status is None or status.state != "queued":
+                self._require_idle(job.run)
+            self._require_unneeded(job.run)
+            with disk_errors_explained(job.run.relative):
+                move_to_trash(job.run.folder)
+            self._queue.remove(job.name)
 
     # ---- refusals
 
@@ -230,6 +235,13 @@ class JobManager:
             raise JobBusy(f"{run.relative} has a job that {what}")
         if trainer_of(run) is not None:
             raise JobBusy(f"{run.relative} is being trained by a process that this server did not start")
+
+    def _require_unneeded(self, run: Run) -> None:
+        """Raise JobBusy while a job has yet to read the weights of the run: one without a checkpoint of its own."""
+        for name, _ in self._queue:
+            other = self._workspace.run(name)
+            if base_run(read_object(other.config)) == run.name and not other.checkpoint.exists():
+                raise JobBusy(f"{run.relative} is what the job {name} starts from; stop it first")
 
     def require_dataset_unused(self, name: str) -> None:
         """Raise JobBusy while a running or waiting job trains on the dataset."""

@@ -26,10 +26,16 @@ def reference(config: TrainConfig, workspace: Workspace) -> registry.ModelRefere
     return registry.resolve(workspace, model_path=f"out/{run}/best.pt" if file == "best" else name)
 
 
+def base_run(config: dict[str, Any]) -> str | None:
+    """Return the name of the run that a config starts from, None if it starts from none; "resume" is none other."""
+    first = str(config.get("init_from")).removeprefix("out/").split("/")[0]
+    fixed = ("None", "scratch", "pretrained", "resume", *registry.PRETRAINED, registry.BUNDLED)
+    return None if first in fixed else first
+
+
 def require_elsewhere(config: TrainConfig, run: Run) -> None:
     """Raise ConfigError for a run that would replace the very run whose weights it starts from."""
-    first = str(config.init_from).removeprefix("out/").split("/")[0]
-    if first == run.name and first not in (*registry.PRETRAINED, registry.BUNDLED):
+    if base_run(config.given()) == run.name:
         raise ConfigError(f"{run.relative} is what this training starts from; choose another output_dir, or resume it")
 
 

@@ -118,9 +118,12 @@ def job(path: NamePath) -> dict[str, Any]:
 
 @routes.delete("/api/jobs/<name>", responses={200: Job, 404: Error, 409: Error})
 def delete_job(path: NamePath) -> dict[str, Any]:
-    """Delete a job that does not run, with its checkpoints."""
+    """Delete a job that does not run, with its checkpoints; not while one of them is the current model."""
     ctx = context()
     described = ctx.jobs.get(path.name).describe()
+    if ctx.loader.serves(path.name):
+        instead = "POST /api/unload_model or load another one first"
+        raise Refused(409, f"out/{path.name} holds the current model; {instead}")
     ctx.jobs.delete(path.name)
     ctx.engine.forget(path.name)
     return described | {"deleted": True}

@@ -96,9 +96,10 @@ class ModelLoader:
             self._starting.clear()
 
     def serves(self, name: str) -> bool:
-        """Say whether the run `name` is what the loaded model came from."""
-        served = self._engine.served()
-        return served is not None and served.reference.kind == "trained" and served.id.split("/")[0] == name
+        """Say whether the current model lies in the folder of the run `name`: a checkpoint of it, or its export."""
+        served, folder = self._engine.served(), self._workspace.run(name).folder
+        path = None if served is None else served.reference.path
+        return path is not None and folder in (path, *path.parents)
 
     def trained(self) -> list[dict[str, Any]]:
         """Return the runs that may be loaded."""
