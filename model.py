@@ -288,7 +288,6 @@ class GPT(nn.Module):
         loss = F.cross_entropy(logits.view(-1, logits.size(-1)).float(), targets.view(-1), ignore_index=-1)
         return logits, loss
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def loss_in_parts(self, x: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of hidden states (N, C) for targets (N), in autocast's precision where it is on."""
         device, w = x.device.type, self.lm_head.weight

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from learning import lora
-from learning.machine import Machine
+from learning.machine import Machine, compiled
 from learning.optimizers import optimizers
 from learning.start import last_good, start
 from learning.team import Team
@@ -62,7 +62,7 @@ class Trainer:
         self.config, self.machine, self.team, self.splits, self.stop = config, machine, team, splits, stop
         self.window = window_of(config, model.config.block_size)
         self.model = model.to(machine.device)
-        self.forward: nn.Module = torch.compile(self.model) if config.compile else self.model
+        self.forward: nn.Module = compiled(self.model) if config.compile else self.model
         if team.world > 1:
             self.forward = DistributedDataParallel(self.forward)
         self.saved: int | None = None  # the iteration of the newest checkpoint

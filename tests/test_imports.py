@@ -85,5 +85,9 @@ def test_the_web_layer_loads_without_torch():
     assert loaded_by("import web.native_routes, web.job_routes, web.openai_routes, training.jobs", "torch") == []
 
 
+def test_serving_does_not_load_the_compiler_of_torch():
+    assert loaded_by("import inference.engine, storage.checkpoints, inference.native_runner", "torch._dynamo") == []
+
+
 def test_the_client_loads_neither_torch_nor_flask():
     assert loaded_by("import api_client", "torch", "flask", "pydantic") == []

@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 import model as model_file
+from learning.machine import compiled
 from model import GPT, GPTConfig, short_attention
 from storage.pretrained import export, load_folder
 from storage.tokenizer import char_tokenizer
@@ -139,6 +140,18 @@ def test_a_loss_in_parts_follows_autocast(monkeypatch):
     torch.testing.assert_close(rounded, whole, rtol=0.02, atol=0.02)
     head = "transformer.wte.weight"
     assert (near[head] - gradients[head]).norm() < 0.05 * gradients[head].norm()
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor"
+)  # the compiler looks at it, and means nothing by it
+def test_a_compiled_model_has_the_same_loss_in_parts(monkeypatch):
+    model, x, y = shaken(GPT(TINY)), ids(TINY), ids(TINY)
+    expected, gradients = in_parts(monkeypatch, model, x, y)
+    model.zero_grad(set_to_none=True)
+    found, compiled_gradients = in_parts(monkeypatch, compiled(model, backend="eager"), x, y)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(compiled_gradients, {f"_orig_mod.{name}": p for name, p in gradients.items()})
 
 
 def test_a_loss_in_parts_without_gradients_is_the_same(monkeypatch):
