@@ -7,61 +7,79 @@ folder; only the dataset's tokens stay, which the training will use. The server 
 """
 
 import json
+import os
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from learning.launcher import cause, ended, run_together, threads_each
 from learning.machine import Machine
-from learning.start import start
-from learning.team import Team
+from learning.team import Team, leave
 from storage.datasets import dataset
 from storage.registry import pretrained_names
 from storage.runs import Run, Workspace
-from train import Trainer
+from train import Trainer, prepare
 from training.command_line import parse
 from training.config import ConfigError, TrainConfig, resolve
+from training.hardware import require_devices
 from training.outcome import explain
 from training.preflight import report
-from training.progress import PreparationLine
-from training.starting_point import check_fit
+from training.rank import Rank
 from training.stop_signal import StopSignal
 
 ITERATIONS = 3  # the first one warms up
 
 
-def measure(config: TrainConfig, workspace: Workspace, run: Run) -> dict[str, Any]:
+def measure(config: TrainConfig, workspace: Workspace, run: Run, team: Team) -> dict[str, Any]:
     """Return what is known of a resolved config's training after three iterations of it."""
-    machine, team = Machine.of(config), Team()
-    model, text, _ = start(config, workspace, run, first=True)
-    data = dataset(workspace, config.dataset)
-    splits = data.prepare(text, PreparationLine())
-    check_fit(config, splits, model.config, team.world)
+    machine = Machine.of(config)
+    model, splits, _ = prepare(config, workspace, run, team)
     trainer = Trainer(config, machine, team, model, splits, StopSignal())
     updates = []
     for _ in range(ITERATIONS):
         began = time.perf_counter()
         updates.append(trainer.update() | {"seconds": time.perf_counter() - began})
-    found = report(config, splits, trainer.window, model.config.vocab_size, updates, machine.memory_bytes())
-    return {"format": data.format(), **found}
+    memory = machine.memory_bytes()
+    if machine.device.type == "cpu":  # which all processes share
+        memory = int(team.sum(memory))
+    found = report(config, splits, trainer.window, model.config.vocab_size, updates, memory)
+    return {"format": dataset(workspace, config.dataset).format(), **found}
+
+
+def launched(argv: list[str], processes: int) -> int:
+    """Try a training of several processes in as many; the first of them prints."""
+    failures = run_together(Path(__file__).resolve(), argv, processes, threads_each(processes))
+    if failures and (failures.get(0) is None or failures[0] < 0):
+        print(json.dumps({"error": ended(*cause(failures), processes)}))
+    return 0 if not failures else max(failures.get(0, 1), 1)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; print {"error": …} and return another code than 0 for what would fail."""
-    config = None
+    config, place, argv = None, Rank.of(os.environ), sys.argv[1:] if argv is None else argv
+    place.bind()
     try:
-        config, workspace = parse(sys.argv[1:] if argv is None else argv, Path(__file__).resolve().parent)
+        config, workspace = parse(argv, Path(__file__).resolve().parent)
         config = resolve(config, pretrained_names(workspace))
         if config.init_from == "resume":
             raise ConfigError("init_from is resume; a dry run is for a training that has not begun")
-        with tempfile.TemporaryDirectory() as folder:
-            found = measure(config, workspace, Run(workspace.run_from_output_dir(config.output_dir).name, Path(folder)))
+        name = workspace.run_from_output_dir(config.output_dir).name
+        if config.nproc_per_node > 1 and place.world == 1:
+            require_devices(config.device, config.nproc_per_node, torch.cuda.device_count())
+            return launched(argv, config.nproc_per_node)
+        with tempfile.TemporaryDirectory() as own:
+            found = measure(config, workspace, Run(name, place.folder or Path(own)), Team(place))
+        leave()
     except Exception as error:
         code, sentence = explain(error, config, 0)
         print(json.dumps({"error": sentence}))
         return code
-    print(json.dumps(found))
+    if place.number == 0:
+        print(json.dumps(found))
     return 0
 
 

@@ -3,7 +3,7 @@
     python train.py --dataset stdlib --model_type nano --max_iters 500
     python train.py --config out/my_run/train_config.json           (how the server runs a job)
     python train.py --output_dir out/my_run --init_from resume      (goes on exactly where it stopped)
-    torchrun --nproc_per_node 2 train.py --dataset stdlib …         (the same batch, shared by two processes)
+    python train.py --nproc_per_node 2 --dataset stdlib …           (the same batch, shared by two processes)
 
 Everything goes into out/<name>/: ckpt.pt, best.pt, tokenizer.json, metrics.jsonl, samples.jsonl and, last,
 result.json. A checkpoint holds all that decides the next iteration, so that a resumed run repeats the losses
@@ -13,6 +13,7 @@ that do (devices, processes, optimizers) are in learning/.
 
 import contextlib
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -21,15 +22,15 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from learning import lora
+from learning.launcher import launch
 from learning.machine import Machine, compiled
 from learning.optimizers import optimizers
 from learning.start import last_good, start
-from learning.team import Team
+from learning.team import Team, leave
 from model import GPT
 from storage import checkpoints
 from storage.datasets import Splits, dataset
@@ -43,6 +44,7 @@ from training.log import patient_output
 from training.outcome import Diverged, Outcome
 from training.probe import probe
 from training.progress import PreparationLine
+from training.rank import Rank
 from training.report import Report, losses
 from training.resumption import warn_of_differences
 from training.roll_back import RollBacks
@@ -283,22 +285,29 @@ def loop(trainer: Trainer, run: Run, report: Report, outcome: Outcome) -> None:
     outcome.stopped = trainer.iter_num < config.max_iters and early is None
 
 
-def train(config: TrainConfig, workspace: Workspace, run: Run, team: Team, outcome: Outcome, stop: StopSignal) -> None:
-    """Train: the whole of a run, from its data to its last checkpoint."""
-    machine, first = Machine.of(config), team.rank == 0
-    if not first:
+def prepare(config: TrainConfig, workspace: Workspace, run: Run, team: Team) -> tuple[GPT, Splits, dict[str, Any]]:
+    """Return the model to begin with, the data, and the saved state if this resumes a run, else {}."""
+    if team.rank > 0:
         team.sum(0)  # process 0 prepares what the others then find
-    model, text, state = start(config, workspace, run, first)
+    model, text, state = start(config, workspace, run, team.rank == 0)
     splits = dataset(workspace, config.dataset).prepare(text, PreparationLine())
-    if first:
+    if team.rank == 0:
         team.sum(0)  # a sum waits for all
     check_fit(config, splits, model.config, team.world)
+    return model, splits, state
+
+
+def train(config: TrainConfig, workspace: Workspace, run: Run, team: Team, outcome: Outcome, stop: StopSignal) -> None:
+    """Train: the whole of a run, from its data to its last checkpoint."""
+    machine = Machine.of(config)
+    model, splits, state = prepare(config, workspace, run, team)
     trainer = Trainer(config, machine, team, model, splits, stop)
-    report = Report(run if first else None, config, machine.name)
+    report = Report(run if team.rank == 0 else None, config, machine.name)
     if state:
         trainer.restore(state)
         trainer.saved = trainer.iter_num
         report.resume(trainer.iter_num, trainer.seconds)
+    report.tell(trainer.iter_num, team.place.note)
     report.start(model.num_params(), trainer.window, model.flops_per_token(trainer.window))
 
     stop.looping = True
@@ -314,15 +323,21 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit code: 0 for an end as asked, 1 a failure, 2 a refusal."""
     sys.stdout.reconfigure(line_buffering=True)
     stop = StopSignal.installed()
+    place, argv, script = Rank.of(os.environ), sys.argv[1:] if argv is None else argv, Path(__file__).resolve()
+    place.bind()
     with patient_output(), Outcome() as outcome:
-        config, workspace = parse(sys.argv[1:] if argv is None else argv, Path(__file__).resolve().parent)
+        config, workspace = parse(argv, script.parent)
         config = resolve(config, pretrained_names(workspace))
-        run, team = workspace.run_from_output_dir(config.output_dir), Team()
-        with claim(run, config) if team.rank == 0 else contextlib.nullcontext():
-            outcome.of(run if team.rank == 0 else None, config)
-            train(config, workspace, run, team, outcome, stop)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        run = workspace.run_from_output_dir(config.output_dir)
+        if config.nproc_per_node > 1 and place.world == 1:
+            launch(script, argv, config, run, outcome, stop)
+        else:
+            team = Team(place)
+            ranks, first = team.pids(), team.rank == 0
+            with claim(run, config, place.launcher, ranks) if first else contextlib.nullcontext():
+                outcome.of(run if first else None, config)
+                train(config, workspace, run, team, outcome, stop)
+    leave()
     return outcome.exit_code
 
 

@@ -48,6 +48,7 @@ TRAINING: Options = {
     "seed": (int, "Seed of weights, data order and samples."),
     "dtype": (str, "auto, fp32, bf16 or fp16."),
     "device": (str, "auto, cpu, cuda or mps."),
+    "nproc_per_node": (int, "Processes that share each batch, on a GPU each or on the CPU."),
 }
 
 

@@ -13,6 +13,7 @@ import torch
 from model import GPT
 from training.config import TrainConfig
 from training.hardware import choose_device, choose_dtype, process_memory
+from training.rank import Rank
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -29,11 +30,12 @@ class Machine:
     def of(cls, config: TrainConfig) -> "Machine":
         """Return the machine that the config asks for. Raises ConfigError if it is not there."""
         there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
-        device = torch.device(choose_device(config.device, there, int(os.environ.get("LOCAL_RANK", 0))))
+        place = Rank.of(os.environ)
+        device = torch.device(choose_device(config.device, there, place.local))
         bf16 = {"cuda": torch.cuda.is_bf16_supported, "cpu": torch.cpu._is_avx512_bf16_supported, "mps": bool}
         dtype = choose_dtype(config.dtype, device.type, bf16[device.type]())
         if config.threads is not None:
-            torch.set_num_threads(config.threads)
+            torch.set_num_threads(max(1, config.threads // place.local_world))
         if device.type != "cuda":
             return cls(device, device.type, dtype)
         torch.cuda.set_device(device)

@@ -11,7 +11,7 @@ from storage import datasets, hub, registry, tokenizer
 from storage.errors import BadName, NotFound
 from storage.files import require_space, require_writable
 from storage.runs import Run, Workspace
-from training import disk_space
+from training import disk_space, hardware
 from training.config import ConfigError, TrainConfig
 from training.starting_point import reference, require_elsewhere
 
@@ -45,6 +45,8 @@ def require_room(workspace: Workspace, run: Run, config: TrainConfig | None) -> 
 
 def check(config: TrainConfig, workspace: Workspace, run: Run, allow: Allow = allow_all) -> None:
     """Refuse a resolved config whose data or starting point would not do. Raises StorageError, ConfigError."""
+    if (there := hardware.gpus()) > 0:  # where the driver says nothing, the trainer finds out
+        hardware.require_devices(config.device, config.nproc_per_node, there)
     source = datasets.dataset(workspace, config.dataset)
     name = config.tokenizer or "auto"
     if config.init_from == "resume":

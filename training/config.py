@@ -96,7 +96,17 @@ class TrainConfig(StrictModel):
     device: str = option("machine", "auto, cpu, cuda, cuda:<n> or mps", "auto")
     dtype: DType = option("machine", "auto: bf16 autocast where the device has it, else fp32", "auto")
     compile: bool = option("machine", "use torch.compile", False)
-    threads: int | None = option("machine", "CPU threads; default: torch's", ge=1, le=1024)
+    threads: int | None = option("machine", "CPU threads of all processes together; default: torch's", ge=1, le=1024)
+    nproc_per_node: int = option(
+        "machine", "processes that share each batch, on a GPU each or on the CPU", 1, ge=1, le=64
+    )
+    max_restarts: int = option(
+        "machine",
+        "of several processes: how often all go on from the last checkpoint when one was killed",
+        3,
+        ge=0,
+        le=100,
+    )
 
     @field_validator("dataset")
     @classmethod
@@ -180,6 +190,7 @@ def _following(fields: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
     if fields["init_from"] == "scratch":
         _check_shape(rest)
     _check_adapters(rest)
+    _check_processes(rest)
     if rest.get("lora_rank") is not None:
         rest = {"lora_alpha": 2.0 * rest["lora_rank"]} | rest
     return rest
@@ -201,6 +212,16 @@ def _check_adapters(fields: dict[str, Any]) -> None:
         raise ConfigError(
             f"lora_rank is {rank}; adapters are for fine-tuning, and a model from scratch has no weights yet"
         )
+
+
+def _check_processes(fields: dict[str, Any]) -> None:
+    count, size, steps = fields.get("nproc_per_node", 1), fields["batch_size"], fields["gradient_accumulation_steps"]
+    if size % count and steps % count:
+        batch = f"batch_size {size} or gradient_accumulation_steps {steps}"
+        raise ConfigError(f"nproc_per_node is {count}; {batch} must be a multiple of it")
+    device = fields.get("device", "auto")
+    if count > 1 and (":" in device or device == "mps"):
+        raise ConfigError(f"device is {device}, and nproc_per_node {count}; several processes need cuda, cpu or auto")
 
 
 def choices(annotation: Any) -> list[Any]:

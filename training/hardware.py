@@ -1,7 +1,9 @@
 """What the hardware is and could do: which device and precision a run gets, peak arithmetic, memory. No torch here."""
 
+import os
 import resource
 from collections.abc import Mapping
+from pathlib import Path
 
 from training.strict_model import ConfigError
 
@@ -51,6 +53,25 @@ def choose_device(asked: str, there: Mapping[str, int], local_rank: int) -> str:
     if index >= there[kind]:
         raise ConfigError(f"device is {asked}, and this machine has {there[kind]} {kind} devices; use cpu or auto")
     return f"cuda:{index}" if kind == "cuda" else kind
+
+
+def gpus() -> int:
+    """Return how many NVIDIA GPUs programs may use here, 0 where the driver does not say."""
+    there = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return there if visible is None else min(there, len([name for name in visible.split(",") if name.strip()]))
+
+
+def require_devices(asked: str, processes: int, there: int) -> None:
+    """Raise ConfigError unless each of several processes can have a GPU of its own, or they all train on the CPU.
+
+    `there` is the number of GPUs.
+    """
+    on_gpus = asked == "cuda" or (asked == "auto" and there > 0)
+    if processes > 1 and on_gpus and processes > there:
+        raise ConfigError(
+            f"nproc_per_node is {processes}, and this machine has {there} GPUs; give at most as many, or device cpu"
+        )
 
 
 def choose_dtype(asked: str, kind: str, has_bf16: bool) -> str:

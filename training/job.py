@@ -36,6 +36,14 @@ def trainer_of(run: Run) -> ProcessIdentity | None:
     return identity if identity is not None and is_alive(identity) else None
 
 
+def ranks_of(run: Run) -> list[dict[str, int]]:
+    """Return rank and pid of the processes that train a run together; [] for a single one."""
+    pids = read_object(run.folder / TRAINER).get("ranks")
+    if not isinstance(pids, list) or len(pids) < 2:
+        return []
+    return [{"rank": rank, "process_id": int(pid)} for rank, pid in enumerate(pids)]
+
+
 @dataclass
 class Status:
     """What the server knows of a job; written whole, and only by the server."""
@@ -131,6 +139,7 @@ class Job:
             "exit_code": status.exit_code,
             "activity": job_log.last_lines(self.run.log, 1)[-200:] or None if running else None,
             "process_id": status.identity.pid if running and status.identity is not None else None,
+            "ranks": ranks_of(self.run) if running else [],
             "stopping": running and status.stopping,
             "queue_position": self.position,
             "priority": status.priority,

@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from storage.runs import Run, Workspace
-from training.process import ProcessIdentity, identify, is_alive, opened, signal_session
+from training.process import ProcessIdentity, identify, is_alive, opened, session, signal_session
 
 PROJECT = Path(__file__).resolve().parent.parent
 NAMES = {"PATH", "HOME", "LANG", "TMPDIR", "VIRTUAL_ENV", "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "HF_HOME"}
@@ -126,13 +126,13 @@ class LocalBackend:
         return code
 
     def terminate(self, identity: ProcessIdentity) -> None:
-        """Send SIGTERM to the processes of the trainer's session, and let it have the time to save."""
-        if is_alive(identity):
-            hurry(identity.pid)
+        """Send SIGTERM to the trainer's processes, and let them have the time to save."""
+        for member in session(identity):
+            hurry(member.pid)
         signal_session(identity, signal.SIGTERM)
 
     def kill(self, identity: ProcessIdentity) -> None:
-        """Send SIGKILL to the processes of the trainer's session, until there is none."""
+        """Send SIGKILL to the trainer's processes, until there is none."""
         for _ in range(10):  # a process may fork while it is looked for
             if signal_session(identity, signal.SIGKILL) == 0:
                 return

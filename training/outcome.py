@@ -22,16 +22,26 @@ OUT_OF_MEMORY = "out of memory"  # how the error of such a job begins
 NO_MEMORY = (OUT_OF_MEMORY, "can't allocate memory", "Cannot allocate memory", "bad_alloc")  # as PyTorch and C++ say it
 
 
+ANOTHER_ENDED = "another process of this training has ended"  # the error of those that are left
+LEFT_ALONE = ("Connection closed by peer", "Connection reset by peer")  # as gloo says it
+
+
 class Diverged(Exception):
     """The loss is no longer a number."""
+
+
+class TeamFailed(Exception):
+    """One of several processes ended and took the others with it."""
 
 
 def explain(error: BaseException, config: TrainConfig | None, iter_num: int) -> tuple[int, str]:
     """Return the exit code and the sentence for what ended a run after `iter_num` iterations."""
     if isinstance(error, ConfigError | StorageError):
         return 2 if iter_num == 0 else 1, str(error)
-    if isinstance(error, Diverged):
+    if isinstance(error, Diverged | TeamFailed):
         return 1, str(error)
+    if any(words in str(error) for words in LEFT_ALONE):
+        return 1, ANOTHER_ENDED
     if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
         size = "" if config is None else f" ({config.batch_size})"
         return 1, f"{OUT_OF_MEMORY}; lower batch_size{size} or window, or choose a smaller model"
@@ -73,7 +83,7 @@ class Outcome:
             self.exit_code, sentence = explain(error, self.config, self.iter_num)
             if self.run is not None:
                 sentence = sentence.replace(f"{self.run.folder.parent.parent}/", "")
-            if self.exit_code == 1:
+            if self.exit_code == 1 and not isinstance(error, TeamFailed) and sentence != ANOTHER_ENDED:
                 traceback.print_exception(error)
             print(f"train.py: {sentence}", file=sys.stderr, flush=True)
         if self.note is not None:

@@ -2,7 +2,8 @@
 
 A ProcessIdentity is pid, start time and boot id. A signal goes through a pidfd that was opened before the
 identity was checked, so between the check and the signal no other process can slip under the number. A job's
-processes are those of its session, which it leads. Needs Linux's /proc.
+processes are those of its session, which it leads, and of the sessions that its children lead: torchrun gives each
+process one. Needs Linux's /proc.
 """
 
 import os
@@ -15,7 +16,7 @@ from typing import Any
 
 TRAINER = "trainer.json"  # a trainer's identity, in the folder of the run that it holds
 PROC = Path("/proc")
-SESSION, START_TIME = 3, 19  # places in /proc/<pid>/stat, counted after the name's closing parenthesis
+PARENT, SESSION, START_TIME = 1, 3, 19  # places in /proc/<pid>/stat, counted after the name's closing parenthesis
 
 
 @dataclass(frozen=True)
@@ -92,18 +93,27 @@ def _session_is_ours(identity: ProcessIdentity) -> bool:
     return identity.boot_id == boot_id() and (now is None or now == identity)
 
 
+def _stats() -> dict[int, list[str]]:
+    """Return the fields of all living processes."""
+    pids = [int(entry.name) for entry in PROC.iterdir() if entry.name.isdecimal()]
+    return {pid: fields for pid in pids if (fields := _stat(pid)) is not None}
+
+
+def children(pid: int) -> list[int]:
+    """Return the living processes that `pid` has started."""
+    return [child for child, fields in _stats().items() if int(fields[PARENT]) == pid]
+
+
 def session(identity: ProcessIdentity) -> list[ProcessIdentity]:
-    """Return the living processes of the session that `identity` leads or led."""
+    """Return the living processes of the session that `identity` leads or led, and of those that its children lead."""
     if not _session_is_ours(identity):
         return []
-    pids = [int(entry.name) for entry in PROC.iterdir() if entry.name.isdecimal()]
-    stats = [(pid, _stat(pid)) for pid in pids]
+    stats = _stats()
+    led = {pid for pid, fields in stats.items() if int(fields[PARENT]) == identity.pid and int(fields[SESSION]) == pid}
     return [
         ProcessIdentity(pid, int(fields[START_TIME]), identity.boot_id)
-        for pid, fields in stats
-        if fields is not None
-        and int(fields[SESSION]) == identity.pid
-        and int(fields[START_TIME]) >= identity.start_time
+        for pid, fields in stats.items()
+        if int(fields[SESSION]) in {identity.pid, *led} and int(fields[START_TIME]) >= identity.start_time
     ]
 
 

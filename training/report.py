@@ -85,7 +85,11 @@ class Report:
         """Say that the run went back to `iter_num`, and why; what was reported after it will come again."""
         with contextlib.suppress(StorageError, OSError):  # on a full disk the old rows stay
             self.resume(iter_num, seconds)
-        if self.run is not None:
+        self.tell(iter_num, note)
+
+    def tell(self, iter_num: int, note: str | None) -> None:
+        """Say what has happened to the run, if anything has, in its log and its metrics."""
+        if self.run is not None and note is not None:
             self.line.say(str(note))
             self._append(self.run.metrics, {"iter_num": iter_num, "note": note, "time": time.time()})
 

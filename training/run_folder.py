@@ -4,7 +4,7 @@ import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from storage.errors import StorageError
@@ -44,9 +44,10 @@ def _make_way(run: Run, config: TrainConfig) -> None:
 
 
 @contextlib.contextmanager
-def claim(run: Run, config: TrainConfig) -> Iterator[None]:
+def claim(run: Run, config: TrainConfig, launcher: int | None = None, ranks: Sequence[int] = ()) -> Iterator[None]:
     """Hold the run's folder, made if need be, with its train_config.json. Raises ConfigError.
 
+    `launcher` is the process to be known as its trainer if it is not this one, `ranks` are those that it started.
     A run that is refused inside before it has reported anything leaves no folder that was not there before.
     """
     if config.init_from != "resume":
@@ -54,7 +55,8 @@ def claim(run: Run, config: TrainConfig) -> Iterator[None]:
     new = not run.folder.exists()
     run.folder.mkdir(parents=True, exist_ok=True)
     with _locked(run.folder, run.relative):
-        write_json(run.folder / TRAINER, {} if (me := identify(os.getpid())) is None else me.to_json())
+        trainer = identify(os.getpid() if launcher is None else launcher)
+        write_json(run.folder / TRAINER, {} if trainer is None else trainer.to_json() | {"ranks": list(ranks)})
         run.result.unlink(missing_ok=True)
         if config.init_from != "resume":  # an earlier start that never came to a checkpoint
             run.metrics.unlink(missing_ok=True)
