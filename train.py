@@ -52,6 +52,7 @@ from training.run_folder import claim
 from training.schedule import learning_rate
 from training.starting_point import check_fit, window_of
 from training.stop_signal import StopSignal
+from training.trackers import trackers
 from training.windows import gather
 
 SAMPLE_TEMPERATURE, SAMPLE_TOP_K = 0.8, 40
@@ -300,15 +301,17 @@ def prepare(config: TrainConfig, workspace: Workspace, run: Run, team: Team) -> 
 def train(config: TrainConfig, workspace: Workspace, run: Run, team: Team, outcome: Outcome, stop: StopSignal) -> None:
     """Train: the whole of a run, from its data to its last checkpoint."""
     machine = Machine.of(config)
+    told = trackers(run, config) if team.rank == 0 else []
     model, splits, state = prepare(config, workspace, run, team)
     trainer = Trainer(config, machine, team, model, splits, stop)
-    report = Report(run if team.rank == 0 else None, config, machine.name)
+    report = Report(run if team.rank == 0 else None, config, told)
     if state:
         trainer.restore(state)
         trainer.saved = trainer.iter_num
         report.resume(trainer.iter_num, trainer.seconds)
     report.tell(trainer.iter_num, team.place.note)
-    report.start(model.num_params(), trainer.window, model.flops_per_token(trainer.window))
+    operations = model.flops_per_token(trainer.window)
+    report.start(model.num_params(), trainer.window, operations, machine.peak(), team.world)
 
     stop.looping = True
     while True:

@@ -4,7 +4,9 @@ What of this needs no torch is in training/hardware.py.
 """
 
 import contextlib
+import math
 import os
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +14,11 @@ import torch
 
 from model import GPT
 from training.config import TrainConfig
-from training.hardware import choose_device, choose_dtype, process_memory
+from training.hardware import Peak, choose_device, choose_dtype, process_memory, sheet_peak
 from training.rank import Rank
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PEAK_SECONDS, PEAK_SIDE, PEAK_SIDE_CPU = 0.1, 4096, 1024  # of measuring; sides of the matrices
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,24 @@ class Machine:
     def memory_bytes(self) -> int:
         """Return the most memory held so far: the device's on a GPU, the process's elsewhere."""
         return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else process_memory()
+
+    def peak(self) -> Peak:
+        """Return the operations per second to compare a run with: the maker's number for GPUs we know, else measured.
+
+        Measured is the best of several products of two square matrices in the run's precision, in a fraction of a
+        second; what else computes meanwhile makes it too low. A product (n, n) @ (n, n) takes 2 n^3 operations.
+        """
+        known = sheet_peak(self.name, self.dtype)
+        if known is not None:
+            return known
+        n = PEAK_SIDE_CPU if self.device.type == "cpu" else PEAK_SIDE
+        matrix = torch.full((n, n), 1 / n, device=self.device, dtype=DTYPES[self.dtype] or torch.float32)
+        best, runs, begun = math.inf, 0, time.perf_counter()
+        while runs < 2 or time.perf_counter() - begun < PEAK_SECONDS:
+            before = time.perf_counter()
+            (matrix @ matrix)[0, 0].item()  # waits for the device
+            best, runs = min(best, time.perf_counter() - before), runs + 1
+        return Peak(2 * n**3 / best, f"a product of matrices in {self.dtype}, measured")
 
 
 def compiled(model: GPT, backend: str = "inductor") -> torch.nn.Module:

@@ -92,6 +92,9 @@ def test_the_environment_holds_no_keys():
     plain |= {"OMP_WAIT_POLICY": "passive"}
     assert environment(server, downloads=False) == plain
     assert environment(server, downloads=True) == plain | {"HF_TOKEN": "t"}
+    server |= {"WANDB_API_KEY": "k", "WANDB_MODE": "offline"}
+    assert environment(server, downloads=False) == plain | {"WANDB_MODE": "offline"}
+    assert environment(server, downloads=False, wandb=True).keys() - plain.keys() == {"WANDB_API_KEY", "WANDB_MODE"}
 
 
 def test_terminate_reaches_the_trainer_and_wait_returns_when_it_has_ended(run):

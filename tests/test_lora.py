@@ -148,3 +148,12 @@ def test_new_tokens_of_chats_are_refused_because_the_embedding_stays(place, caps
     (folder / "chat.jsonl").write_text((json.dumps({"messages": said}) + "\n") * 200)
     assert place.train("chat", **TUNING | {"dataset": "talk"}) == 2
     assert "adapters cannot learn the new tokens of chats" in capsys.readouterr().err
+
+
+def test_what_is_not_trained_counts_four_operations_a_token_and_not_six():
+    model = GPT(GPTConfig(block_size=8, vocab_size=50, n_layer=1, n_head=2, n_embd=16))
+    weights, attention = model.num_params(embeddings=False), 12 * 16 * 8
+    assert model.flops_per_token(8) == 6 * weights + attention
+    lora.adapt(model, rank=2, alpha=4.0)
+    own = model.num_params(embeddings=False) - weights
+    assert model.flops_per_token(8) == 6 * own + 4 * weights + attention

@@ -8,9 +8,13 @@ import os
 import numpy as np
 import pytest
 
+from learning.machine import Machine
+from storage.runs import Workspace
 from training import metrics
+from training.config import TrainConfig
+from training.hardware import Peak, sheet_peak
 from training.progress import PreparationLine, ProgressLine, bar, duration, quantity
-from training.report import losses
+from training.report import Report, losses
 from training.windows import UnlistedOrder, WindowOrder, gather
 
 # ---- metrics.jsonl
@@ -52,6 +56,32 @@ def test_bits_per_byte_compare_across_tokenizers():
     row = losses(2.0, math.log(2) * 3, None, bytes_per_token=1.5)
     assert row["val_bits_per_byte"] == pytest.approx(2.0) and row["val_perplexity"] == pytest.approx(8.0)
     assert losses(1.0, 10_000.0, None, 1.0)["val_perplexity"] < math.inf
+
+
+# ---- what the speed is compared with
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_peak_of_a_device_without_a_known_data_sheet_is_measured(dtype):
+    fields = {"dataset": "a", "output_dir": "out/a", "device": "cpu", "dtype": dtype}
+    peak = Machine.of(TrainConfig.parse(fields)).peak()
+    assert peak.flops > 1e8 and peak.source == f"a product of matrices in {dtype}, measured"
+
+
+def test_the_peak_of_a_known_device_is_its_data_sheets_and_of_the_precision_that_it_is_for():
+    assert sheet_peak("NVIDIA A100-SXM4-80GB", "bf16") == Peak(312e12, "the data sheet of A100")
+    assert sheet_peak("NVIDIA A100-SXM4-80GB", "fp32") is None and sheet_peak("cpu", "bf16") is None
+
+
+def test_mfu_is_the_share_of_the_peak_of_all_processes(tmp_path):
+    run = Workspace(tmp_path).run("a")
+    run.folder.mkdir(parents=True)
+    fields = {"dataset": "a", "output_dir": "out/a", "batch_size": 4, "gradient_accumulation_steps": 2, "max_iters": 9}
+    report = Report(run, TrainConfig.parse(fields))
+    report.start(parameters=1000, window=16, flops_per_token=6000, peak=Peak(1e6, "a guess"), devices=2)
+    report.iteration(10, {"loss": 1.0}, None, seconds=20.0, memory=1)  # half an iteration a second
+    (row,) = metrics.read(run.metrics)
+    assert row["tokens_per_second"] == 64 and row["flops_per_second"] == 384_000 and row["mfu"] == 0.192
 
 
 # ---- the progress line

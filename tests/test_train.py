@@ -102,6 +102,7 @@ def test_a_run_learns_and_leaves_everything_in_its_folder(place, capsys):
     untrained = math.log(place.state("a")["model_args"]["vocab_size"])
     assert rows[0]["val_loss"] == pytest.approx(untrained, abs=0.2) and rows[-1]["val_loss"] < 0.6 * untrained
     assert {"train_loss", "val_perplexity", "val_bits_per_byte", "tokens_per_second", "memory_bytes"} <= rows[-1].keys()
+    assert {"learning_rate", "grad_norm"} <= rows[-1].keys() and 0 < rows[-1]["mfu"] < 1 < rows[-1]["flops_per_second"]
     samples = metrics.read(run.samples)
     assert [s["iter_num"] for s in samples] == [6, 12, 18, 24, 30, 36, 42, 48] and len(
         {s["prompt"] for s in samples}

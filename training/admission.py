@@ -14,6 +14,7 @@ from storage.runs import Run, Workspace
 from training import disk_space, hardware
 from training.config import ConfigError, TrainConfig
 from training.starting_point import reference, require_elsewhere
+from training.trackers import require as require_trackers
 
 Allow = Callable[[registry.ModelReference], None]
 
@@ -47,6 +48,7 @@ def check(config: TrainConfig, workspace: Workspace, run: Run, allow: Allow = al
     """Refuse a resolved config whose data or starting point would not do. Raises StorageError, ConfigError."""
     if (there := hardware.gpus()) > 0:  # where the driver says nothing, the trainer finds out
         hardware.require_devices(config.device, config.nproc_per_node, there)
+    require_trackers(config)
     source = datasets.dataset(workspace, config.dataset)
     name = config.tokenizer or "auto"
     if config.init_from == "resume":

@@ -3,6 +3,7 @@
 import os
 import resource
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from training.strict_model import ConfigError
@@ -11,9 +12,20 @@ from training.strict_model import ConfigError
 BF16_PEAK = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
 
 
-def bf16_peak(device_name: str) -> float | None:
-    """Return the peak of a device by its name, None if it is not one we know."""
-    return next((peak for part, peak in BF16_PEAK.items() if part in device_name), None)
+@dataclass(frozen=True)
+class Peak:
+    """What a run's speed is compared with: floating point operations per second, and where the number is from."""
+
+    flops: float
+    source: str
+
+
+def sheet_peak(device_name: str, dtype: str) -> Peak | None:
+    """Return the peak of a device by its name, None if it is not one we know in this precision."""
+    if dtype not in ("bf16", "fp16"):  # which have the same peak on all of these
+        return None
+    found = next(((part, peak) for part, peak in BF16_PEAK.items() if part in device_name), None)
+    return None if found is None else Peak(found[1], f"the data sheet of {found[0]}")
 
 
 def process_memory() -> int:

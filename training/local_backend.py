@@ -15,22 +15,26 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from storage.runs import Run, Workspace
+from training.job import read_object
 from training.process import ProcessIdentity, identify, is_alive, opened, session, signal_session
 
 PROJECT = Path(__file__).resolve().parent.parent
 NAMES = {"PATH", "HOME", "LANG", "TMPDIR", "VIRTUAL_ENV", "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "HF_HOME"}
 NAMES |= {"HF_ENDPOINT", "TIKTOKEN_CACHE_DIR", "HTTPS_PROXY", "https_proxy", "NO_PROXY", "no_proxy", "SSL_CERT_FILE"}
-PREFIXES = ("LC_", "HF_HUB_", "TORCH", "OMP_", "MKL_")
+PREFIXES = ("LC_", "HF_HUB_", "TORCH", "OMP_", "MKL_", "WANDB_")
 NICE = {"low": 10, "idle": 19}  # a tenth of the time of a core that others want, or next to none
 OOM_SCORE = 500  # of 1000; the server keeps 0
 
 
-def environment(of: Mapping[str, str], downloads: bool) -> dict[str, str]:
-    """Return the part of an environment that a trainer gets; the hub's token only if it `downloads` weights."""
+def environment(of: Mapping[str, str], downloads: bool, wandb: bool = False) -> dict[str, str]:
+    """Return the part of an environment that a trainer gets.
+
+    The hub's token is only for those that download weights, the key of Weights & Biases for those that use it.
+    """
     kept = {name: value for name, value in of.items() if name in NAMES or name.startswith(PREFIXES)}
     kept = {name: value for name, value in kept.items() if not name.endswith(("TOKEN", "KEY", "SECRET"))}
-    if downloads and "HF_TOKEN" in of:
-        kept["HF_TOKEN"] = of["HF_TOKEN"]
+    secrets = ["HF_TOKEN"] * downloads + ["WANDB_API_KEY"] * wandb
+    kept |= {name: of[name] for name in secrets if name in of}
     # Threads that wait must sleep: spinning, two of them beside a busy server train ten times slower.
     return {"PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "passive"} | kept
 
@@ -92,12 +96,13 @@ class LocalBackend:
 
     def start(self, run: Run, resume: bool, downloads: bool) -> ProcessIdentity:
         """Start train.py for the run; its output is appended to the run's log. Raises OSError."""
+        wandb = read_object(run.config).get("wandb") is True
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         with open(os.open(run.log, flags, 0o644), "ab") as log:
             child = subprocess.Popen(
                 self._argv(run, resume),
                 cwd=PROJECT,
-                env=self._budget | environment(os.environ, downloads),
+                env=self._budget | environment(os.environ, downloads, wandb),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -22,9 +22,20 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def numbers(row: dict[str, Any]) -> dict[str, float]:
+    """Return the columns of a row that are finite numbers, but for its place and its time."""
+    plain = {name: value for name, value in row.items() if isinstance(value, int | float) and math.isfinite(value)}
+    return {name: value for name, value in plain.items() if name not in ("iter_num", "time")}
+
+
 def append(path: Path, row: dict[str, Any]) -> None:
     """Append a row in one write, so that readers see all of it or nothing. Raises OSError, and leaves no half row."""
     line = json.dumps({name: finite(value) for name, value in row.items()}, allow_nan=False).encode() + b"\n"
+    append_whole(path, line)
+
+
+def append_whole(path: Path, line: bytes) -> None:
+    """Append bytes in one write, all of them or none. Raises OSError."""
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         before = os.fstat(descriptor).st_size

@@ -20,7 +20,7 @@ def duration(seconds: float) -> str:
 
 def quantity(n: float) -> str:
     """Return a large number in three digits: 950, 12.3k, 4.56M."""
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if n >= size:
             return f"{n / size:.3g}{letter}"
     return f"{n:.0f}"

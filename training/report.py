@@ -6,7 +6,7 @@ It decides when a row is due and computes speeds; it never touches the training.
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from storage.errors import StorageError
 from storage.runs import Run
 from training import metrics
 from training.config import TrainConfig
-from training.hardware import bf16_peak
+from training.hardware import Peak
 from training.progress import ProgressLine, quantity
+from training.trackers import Tracker
 
 
 def losses(train_loss: float, val_loss: float, best_val_loss: float, bytes_per_token: float) -> dict[str, Any]:
@@ -32,8 +33,9 @@ def losses(train_loss: float, val_loss: float, best_val_loss: float, bytes_per_t
 class Report:
     """The reports of one run, appended to its folder; without a run (a process other than 0) it does nothing."""
 
-    def __init__(self, run: Run | None, config: TrainConfig, device_name: str):
-        self.run, self.peak = run, bf16_peak(device_name)
+    def __init__(self, run: Run | None, config: TrainConfig, trackers: Sequence[Tracker] = ()):
+        self.run, self.trackers = run, list(trackers)
+        self.peak = math.inf  # operations per second of all devices
         self.log_interval, self.max_iters = config.log_interval, int(config.max_iters or 0)
         self.batch = int(config.batch_size or 1) * int(config.gradient_accumulation_steps or 1)  # windows per iteration
         self.line = ProgressLine(self.max_iters)
@@ -46,9 +48,19 @@ class Report:
     def resume(self, iter_num: int, seconds: float) -> None:
         """Go on after `iter_num` iterations; what was reported after them will come again."""
         self.since = (iter_num, seconds)
+        self._tell(lambda tracker: tracker.cut(iter_num))
         if self.run is not None:
             metrics.cut(self.run.metrics, iter_num)
             metrics.cut(self.run.samples, iter_num)
+
+    def _tell(self, what: Callable[[Tracker], None]) -> None:
+        """Tell the trackers; one that fails is told no more, and the log says so."""
+        for tracker in list(self.trackers):
+            try:
+                what(tracker)
+            except Exception as error:  # of a disk, a network, or a package that is not ours
+                self.trackers.remove(tracker)
+                self.line.say(f"{tracker.name} failed and gets nothing more of this run: {str(error)[:300]}")
 
     def _append(self, path: Path, row: dict[str, Any]) -> None:
         """Append a row; on a disk that takes none it is lost, which is said once, and the run goes on."""
@@ -74,12 +86,16 @@ class Report:
             self._append(self.run.metrics, {"iter_num": iter_num, "checkpoint_error": sentence, "time": time.time()})
         return self.failure is None
 
-    def start(self, parameters: int, window: int, flops_per_token: int) -> None:
-        """Tell the size of the model, of a window, and the operations for a token, forward and backward."""
+    def start(self, parameters: int, window: int, flops_per_token: int, peak: Peak, devices: int) -> None:
+        """Tell the size of the model, of a window, the operations for a token, and the peak of each device."""
         self.tokens = self.batch * window
-        self.flops = self.tokens * flops_per_token
+        self.flops, self.peak = self.tokens * flops_per_token, peak.flops * devices
         if self.run is not None:
             self.line.say(f"{quantity(parameters)} parameters, {quantity(self.tokens)} tokens per iteration")
+            each = "" if devices == 1 else f", of each of {devices} processes"
+            self.line.say(
+                f"peak {quantity(peak.flops)}FLOP/s ({peak.source}){each}: mfu is the share of it that is used"
+            )
 
     def rolled_back(self, iter_num: int, seconds: float, note: str | None) -> None:
         """Say that the run went back to `iter_num`, and why; what was reported after it will come again."""
@@ -115,7 +131,7 @@ class Report:
         if update:
             speed = (iter_num - self.since[0]) / max(seconds - self.since[1], 1e-9)  # iterations per second
             row |= {"tokens_per_second": speed * self.tokens, "seconds_left": (self.max_iters - iter_num) / speed}
-            row |= {"mfu": None if self.peak is None else speed * self.flops / self.peak}
+            row |= {"flops_per_second": speed * self.flops, "mfu": speed * self.flops / self.peak}
             figures = (row["loss"], self.val_loss, row["tokens_per_second"], row["seconds_left"])
             self.line.show(iter_num, *figures, keep=evaluation is not None)
         elif evaluation is not None:
@@ -124,6 +140,7 @@ class Report:
             row |= {"elapsed_seconds": seconds, "memory_bytes": memory, "time": time.time(), **(evaluation or {})}
             row |= {} if note is None or evaluation is None else {"note": note}
             self._append(self.run.metrics, row)
+            self._tell(lambda tracker: tracker.row(row))
             self.since = (iter_num, seconds)
 
     def sample(self, iter_num: int, prompt: str, text: str) -> None:
@@ -131,5 +148,6 @@ class Report:
         if self.run is None:
             return
         self._append(self.run.samples, {"iter_num": iter_num, "prompt": prompt, "text": text})
+        self._tell(lambda tracker: tracker.sample(iter_num, prompt + text))
         shown = repr(prompt + text)[1:-1]
         self.line.say(f"sample: {shown[:200]}")
