@@ -11,7 +11,7 @@ Letters in shape comments: B batch, T time (tokens), C n_embd, nh n_head, hs hea
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -229,6 +229,10 @@ class GPT(nn.Module):
     def device(self) -> torch.device:
         """Return the device of the weights."""
         return self.lm_head.weight.device
+
+    def parts(self, name: str) -> Iterator[Tensor]:
+        """Give a parameter in parts, in order of its rows; here it is in memory already, so it is one."""
+        yield self.get_parameter(name)
 
     def num_params(self, embeddings: bool = True) -> int:
         """Return the number of parameters, the position embedding left out if not `embeddings` (as nanoGPT counts)."""

@@ -68,11 +68,14 @@ class NotFinite(ValueError):
 def fingerprint(model: "GPT | StoredModel") -> str:
     """Return a short hash of a model's shape and weights; about a second per 2 GB. Raises NotFinite."""
     digest = hashlib.sha256(repr(model.config).encode())
-    for name, p in model.named_parameters():
-        if not torch.stack(torch.aminmax(p)).isfinite().all():
-            raise NotFinite(f"weights that are no finite numbers, in {name}")
-        digest.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
-        digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    names = [name for name, _ in model.named_parameters()] if isinstance(model, GPT) else model.names
+    for name in names:
+        digest.update(name.encode())
+        for part in model.parts(name):
+            if not torch.stack(torch.aminmax(part)).isfinite().all():
+                raise NotFinite(f"weights that are no finite numbers, in {name}")
+            digest.update(part.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(str(part.dtype).encode())
     return digest.hexdigest()[:12]
 
 

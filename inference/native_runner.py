@@ -11,7 +11,7 @@ import ctypes
 import mmap
 import weakref
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -116,6 +116,10 @@ class Weights(Protocol):
         """Return a parameter by its name in GPT."""
         ...
 
+    def parts(self, name: str, /) -> Iterable[Tensor]:
+        """Give a parameter's rows in order; parts but the last have a multiple of PANEL rows."""
+        ...
+
 
 class _Packer:
     """Turns a model's parameters into what the step reads, one after the other, and keeps the results alive."""
@@ -137,23 +141,24 @@ class _Packer:
         self.kept.append(copy)
         return copy.data_ptr()
 
-    def matrix(self, weight: Tensor, bias: Tensor | None = None) -> _Matrix:
+    def matrix(self, shape: tuple[int, int], parts: Iterable[Tensor], bias: Tensor | None = None) -> _Matrix:
         """Pack weights (rows, width) in panels of 32 rows. Raises ValueError if one is not finite."""
-        rows, width = weight.shape
+        rows, width = shape
         padded, group = _up_to(rows, PANEL), 4 // self.stored.itemsize
         packed = self._arena.take((padded // PANEL, width // group, PANEL), torch.int32)  # of a group of weights each
-        scale = torch.zeros(padded)
-        for start in range(0, rows, 16 * PANEL):  # in parts, so that copies stay small
-            part = weight[start : start + 16 * PANEL].detach().float()
-            part = F.pad(part, (0, 0, 0, -len(part) % PANEL))
+        scale, start = torch.zeros(padded), 0
+        for part in (
+            small for large in parts for small in torch.split(large.detach(), 16 * PANEL)
+        ):  # so that copies are small
+            part = F.pad(part.float(), (0, 0, 0, -len(part) % PANEL))
             most = part.abs().amax(1)
             if not most.isfinite().all():
                 raise ValueError("the model's weights hold a value that is not finite")
             if self.stored is torch.uint8:
                 scale[start : start + len(part)] = most / 127
                 part = (part * (127 / most.clamp(min=1e-30))[:, None]).round_().add_(128)
-            first = start // PANEL
             words = part.to(self.stored).view(torch.int32).view(-1, PANEL, width // group)
+            first, start = start // PANEL, start + len(part)
             packed[first : first + len(words)] = words.transpose(1, 2)
         _give_back()
         self.kept += [packed, scale]
@@ -170,20 +175,21 @@ def _pack(model: Weights, packer: _Packer, native: _Model) -> None:
     def norm(name: str) -> tuple[int | None, int | None]:
         return floats(f"{name}.weight"), floats(f"{name}.bias") if config.bias else None
 
-    def matrix(name: str) -> _Matrix:
+    def matrix(name: str, rows: int, width: int) -> _Matrix:
         bias = model.get_parameter(f"{name}.bias") if config.bias else None
-        return packer.matrix(model.get_parameter(f"{name}.weight"), bias)
+        return packer.matrix((rows, width), model.parts(f"{name}.weight"), bias)
 
-    native.tokens = packer.matrix(model.get_parameter("transformer.wte.weight"))
-    native.head = native.tokens if config.tied else packer.matrix(model.get_parameter("lm_head.weight"))
+    C, V = config.n_embd, config.vocab_size
+    native.tokens = packer.matrix((V, C), model.parts("transformer.wte.weight"))
+    native.head = native.tokens if config.tied else packer.matrix((V, C), model.parts("lm_head.weight"))
     native.positions = floats("transformer.wpe.weight")
     native.norm, native.norm_bias = norm("transformer.ln_f")
     for i, layer in enumerate(native.layer[: config.n_layer]):
         block = f"transformer.h.{i}"
         layer.norm1, layer.norm1_bias = norm(f"{block}.ln_1")
         layer.norm2, layer.norm2_bias = norm(f"{block}.ln_2")
-        layer.qkv, layer.out = matrix(f"{block}.attn.c_attn"), matrix(f"{block}.attn.c_proj")
-        layer.up, layer.down = matrix(f"{block}.mlp.c_fc"), matrix(f"{block}.mlp.c_proj")
+        layer.qkv, layer.out = matrix(f"{block}.attn.c_attn", 3 * C, C), matrix(f"{block}.attn.c_proj", C, C)
+        layer.up, layer.down = matrix(f"{block}.mlp.c_fc", 4 * C, C), matrix(f"{block}.mlp.c_proj", C, 4 * C)
 
 
 class NativeRunner:

@@ -10,6 +10,7 @@ import os
 import shutil
 import weakref
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ __all__ = [
 ]
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PART_BYTES = 8 * 2**20  # of a tensor that is read in parts
 GPT2_SIZES = (50257, 50304)  # GPT-2's vocabulary, and nanoGPT's, padded to a multiple of 64
 
 
@@ -75,6 +77,17 @@ def assemble(args: Mapping[str, Any], tensors: dict[str, Tensor], shown: str) ->
 
 class FileChanged(NotLoadable):
     """Another file took the name, or the file was written over, between inspection and reading."""
+
+
+def _rows(place: StoredTensor, first: int, count: int) -> StoredTensor:
+    """Return where `count` rows of a matrix lie, from row `first` on."""
+    row = (place.end - place.start) // max(place.shape[0], 1)
+    return replace(
+        place,
+        shape=(count, *place.shape[1:]),
+        start=place.start + first * row,
+        end=place.start + (first + count) * row,
+    )
 
 
 def _read_tensor(descriptor: int, place: StoredTensor) -> Tensor | None:
@@ -124,9 +137,9 @@ def read_weights(inspection: Inspection, shown: str, follow: bool = False) -> di
 class StoredModel:
     """A model whose weights stay in its files: each is read anew when it is asked for, and no other need be in memory.
 
-    Answers as GPT does to `config`, `get_parameter` and `named_parameters`, with tensors in the file's type; `load`
-    gives the GPT. Reading raises FileChanged if a file was written over since it was inspected; one that another
-    took the name of stays open and readable until this is freed.
+    Answers as GPT does to `config`, `get_parameter`, `named_parameters` and `parts`, with tensors in the file's
+    type; `load` gives the GPT. Reading raises FileChanged if a file was written over since it was inspected; one that
+    another took the name of stays open and readable until this is freed.
     """
 
     def __init__(self, inspection: Inspection, args: Mapping[str, Any], shown: str, follow: bool = False):
@@ -139,7 +152,7 @@ class StoredModel:
             self._files[file] = open_descriptor(inspection.folder / file, follow=follow)
             self._check(file)
         with torch.device("meta"):
-            self._names = [name for name, _ in GPT(self.config).named_parameters()]
+            self.names = [name for name, _ in GPT(self.config).named_parameters()]
 
     def _check(self, file: str) -> None:
         if identity(self._files[file]) != self._inspection.identities[file]:
@@ -148,16 +161,31 @@ class StoredModel:
     def get_parameter(self, name: str) -> Tensor:
         """Return the tensor of one of our names, in our layout."""
         file, place = self._inspection.places[name]
+        tensor = self._read(file, place)
+        turned = self._inspection.kind == "huggingface" and name.endswith(TRANSPOSED)
+        return tensor.t().contiguous() if turned else tensor
+
+    def parts(self, name: str) -> Iterator[Tensor]:
+        """Give a parameter's rows in order, in parts of a multiple of 32 rows; one that is turned comes whole."""
+        file, place = self._inspection.places[name]
+        if self._inspection.kind == "huggingface" and name.endswith(TRANSPOSED):
+            yield self.get_parameter(name)
+            return
+        rows = place.shape[0]
+        step = max(PART_BYTES * rows // max(place.end - place.start, 1) // 32, 1) * 32
+        for first in range(0, rows, step):
+            yield self._read(file, _rows(place, first, min(step, rows - first)))
+
+    def _read(self, file: str, place: StoredTensor) -> Tensor:
         tensor = _read_tensor(self._files[file], place)
         self._check(file)
         if tensor is None:
             raise FileChanged(f"{self._shown} changed while it was read")
-        turned = self._inspection.kind == "huggingface" and name.endswith(TRANSPOSED)
-        return tensor.t().contiguous() if turned else tensor
+        return tensor
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Give names and tensors in GPT's order; a tied head is not among them."""
-        for name in self._names:
+        for name in self.names:
             yield name, self.get_parameter(name)
 
     def load(self) -> GPT:

@@ -217,14 +217,19 @@ def test_a_folder_that_is_exported_anew_while_it_is_read_is_never_mixed(exported
     assert said[1] == "out/m changed while it was read; starting again"
 
 
+@pytest.mark.parametrize("part_bytes", [1, 40 * 4 * SMALL.n_embd, 2**20])
 @pytest.mark.parametrize("tied", [True, False])
-def test_an_opened_model_reads_its_weights_one_by_one_and_as_they_are(tmp_path, tokenizer, tied):
+def test_an_opened_model_reads_its_weights_one_by_one_and_as_they_are(
+    tmp_path, tokenizer, tied, part_bytes, monkeypatch
+):
+    monkeypatch.setattr("storage.pretrained.PART_BYTES", part_bytes)
     model = GPT(GPTConfig(**{**SMALL.model_args(), "activation": "gelu_new", "tied": tied}))
     export(model, tokenizer, tmp_path / "m")
     opened = open_model(ModelReference("m", "folder", tmp_path / "m", "m"), Workspace(tmp_path))
     assert opened.model.config == model.config and opened.tokenizer.fingerprint == tokenizer.fingerprint
     for (name, read), (expected, p) in zip(opened.model.named_parameters(), model.named_parameters(), strict=True):
         assert name == expected and torch.equal(read, p)
+        assert torch.equal(torch.cat(list(opened.model.parts(name))), p)
     x = torch.arange(8)[None]
     assert torch.equal(opened.model.load()(x)[0], model.eval()(x)[0])
 
