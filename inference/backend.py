@@ -44,6 +44,7 @@ class Footprint:
     block_size: int
     size_bytes: int  # of the weights on disk
     memory_bytes: int  # of weights and cache, when it serves
+    chat: bool  # whether its tokenizer has the chat format's tokens
 
 
 class InferenceBackend(Protocol):

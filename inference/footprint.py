@@ -1,18 +1,22 @@
-"""How many bytes of memory a model takes while it serves: its weights and its KV cache, from its shape alone.
+"""What a model takes: how many bytes of memory while it serves, its weights and its KV cache, from its shape alone.
 
 The same formula for a model that is about to be loaded and for one that is. Activations, and what reading a file
 takes for a moment, are not in it.
 """
 
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from inference.backend import Footprint
 from inference.build import RunnerOptions, choose
 from model import GPTConfig
 from storage.architecture import count_parameters
+from storage.chat_format import is_chat
+from storage.errors import StorageError
 from storage.hub import fetch
 from storage.inspection import inspect
+from storage.tokenizer import load
 
 if TYPE_CHECKING:
     from storage.registry import ModelReference
@@ -34,6 +38,14 @@ def memory_bytes(
     return weights + (cache if cache_memory is None else min(cache, cache_memory))
 
 
+def _chats(folder: Path, follow: bool) -> bool:
+    """Say whether a model was trained to chat: only a tokenizer.json can say that it was."""
+    try:
+        return is_chat(load(folder / "tokenizer.json", follow))
+    except StorageError:
+        return False
+
+
 def measure(reference: "ModelReference", workspace: "Workspace", options: RunnerOptions) -> Footprint:
     """Return what a model would take, from its file's description.
 
@@ -45,4 +57,5 @@ def measure(reference: "ModelReference", workspace: "Workspace", options: Runner
     config = GPTConfig(**inspection.model_args)
     choice = choose(config, options)
     memory = memory_bytes(config, choice.runner, choice.device, choice.dtype, options.slots, options.cache_memory)
-    return Footprint(inspection.parameters, config.block_size, inspection.nbytes, memory)
+    chat = _chats(inspection.folder, reference.kind in ("pretrained", "registered"))
+    return Footprint(inspection.parameters, config.block_size, inspection.nbytes, memory, chat)

@@ -144,7 +144,7 @@ def _folders(root: Path | None) -> Iterator[str]:
 def pretrained_names(workspace: Workspace) -> list[str]:
     """Return every name that `model_type` may have: the five, the bundled one, registered ones, and local folders."""
     names = [*PRETRAINED, BUNDLED, *(name for name, _ in workspace.registered)]
-    return names + [name for name in _folders(workspace.pretrained_dir) if name not in names]
+    return list(dict.fromkeys([*names, *_folders(workspace.models), *_folders(workspace.pretrained_dir)]))
 
 
 def trained_models(workspace: Workspace) -> list[dict[str, Any]]:

@@ -115,7 +115,7 @@ class FakeEngine:
         return self._others[reference.id]
 
     def measure(self, reference: ModelReference) -> Footprint:
-        return Footprint(1234, self.block_size, 617, 4936)
+        return Footprint(1234, self.block_size, 617, 4936, chat=False)
 
     def forget(self, name: str) -> None:
         self._others = {key: model for key, model in self._others.items() if key.split("/")[0] != name}

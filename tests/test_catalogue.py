@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from fakes import FakeServer, byte_tokenizer
 
+from storage.chat_format import with_chat_tokens
 from storage.errors import NotLoadable
 
 BUNDLED = Path(__file__).parent.parent / "models" / "tiny-shakespeare"
@@ -109,10 +110,40 @@ def test_a_damaged_model_is_listed_without_sizes(server):
 
 def test_what_the_allow_list_lacks_is_neither_listed_nor_loaded(tmp_path, tokenizer):
     server = FakeServer(tmp_path, tokenizer, model_allow_list=("tiny", "mine"))
-    run(server, "mine", "ckpt.pt", "best.pt")
+    run(server, "mine", "ckpt.pt")
+    run(server, "other", "ckpt.pt")
     assert [model["id"] for model in server.get("/v1/models").json["data"]] == ["tiny", "mine"]
     complete(server, "mine")
-    refusal(server.post("/v1/completions", {"model": "mine/best", "prompt": "a"}), 403)
+    refusal(server.post("/v1/completions", {"model": "other", "prompt": "a"}), 403)
+    refusal(server.post("/v1/completions", {"model": "out/other/ckpt.pt", "prompt": "a"}), 403)
+
+
+def test_a_run_on_the_allow_list_is_there_with_its_checkpoints(tmp_path, tokenizer):
+    server = FakeServer(tmp_path, tokenizer, model_allow_list=("tiny", "mine"))
+    run(server, "mine", "ckpt.pt", "best.pt")
+    run(server, "mine2", "ckpt.pt")
+    assert [model["id"] for model in server.get("/v1/models").json["data"]] == ["tiny", "mine", "mine/best"]
+    complete(server, "mine/best")
+    complete(server, "out/mine/best.pt")
+    refusal(server.post("/v1/completions", {"model": "mine2", "prompt": "a"}), 403)
+    assert [model["name"] for model in server.get("/api/models").json["trained_models"]] == ["mine"]
+
+
+def test_a_folder_in_models_has_its_name_before_it_is_loaded(server):
+    shutil.copytree(BUNDLED, server.workspace.models / "other")
+    assert "other" in {model["id"] for model in server.get("/v1/models").json["data"]}
+    assert server.get("/v1/models/other").json["loaded"] is False
+    assert complete(server, "other")["model"] == "other"
+    assert server.post("/api/load_model", {"model_type": "other"}).status_code == 200
+    assert "other" in server.get("/api/models").json["pretrained_models"]
+
+
+def test_it_is_told_which_models_can_chat(server, monkeypatch):
+    run(server, "mine", "ckpt.pt")
+    assert {model["chat"] for model in server.get("/v1/models").json["data"]} == {False}
+    server.engine.tokenizer = with_chat_tokens(server.engine.tokenizer)
+    complete(server, "mine")
+    assert {model["id"] for model in server.get("/v1/models").json["data"] if model["chat"]} == {"mine"}
 
 
 def test_who_waits_for_a_load_counts_as_open(tmp_path, tokenizer):

@@ -176,7 +176,7 @@ def test_a_failure_in_a_stream_is_an_error_frame_without_done(server):
         ({"logprobs": 5}, "logprobs", "logprobs is 5"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "at most 20"),
         ({"top_logprobs": 2}, None, "needs logprobs"),
-        ({"n": 17}, "n", "at most 16"),
+        ({"n": 129}, "n", "at most 128"),
         ({"tools": [{"type": "function"}]}, None, "tools is not supported"),
         ({"response_format": {"type": "json_object"}}, None, "response_format is not supported"),
     ],

@@ -150,4 +150,4 @@ def test_every_reference_of_the_document_leads_somewhere(server):
 
 def test_the_documented_body_of_completions_has_its_bounds():
     properties = CompletionBody.model_json_schema()["properties"]
-    assert properties["n"]["maximum"] == 16 and "anyOf" in properties["prompt"]
+    assert properties["n"]["maximum"] == 128 and "anyOf" in properties["prompt"]

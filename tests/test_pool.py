@@ -28,7 +28,7 @@ class FakeSource:
         self.fail = False
 
     def measure(self, reference: ModelReference) -> Footprint:
-        return Footprint(1, 1, BYTES, BYTES)
+        return Footprint(1, 1, BYTES, BYTES, chat=False)
 
     def load(self, reference: ModelReference) -> tuple[Any, Any]:
         assert self.gate.wait(20), "the test left the gate shut"

@@ -11,6 +11,7 @@ from typing import Any
 
 from inference.backend import Footprint, InferenceBackend, ServedModel
 from storage import hub
+from storage.chat_format import is_chat
 from storage.errors import NotFound, StorageError
 from storage.files import quoted
 from storage.registry import ModelReference, local_folder, pretrained_names, resolve, trained_models
@@ -18,7 +19,7 @@ from storage.runs import CHECKPOINT, Workspace
 from training import fine_tuning
 from training.jobs import JobManager
 from web.errors import Refused
-from web.loading import check_allowed
+from web.loading import check_allowed, is_allowed
 from web.settings import Settings
 
 TUNED = "ft:"
@@ -46,7 +47,7 @@ class Catalogue:
                 return None  # it serves from memory, though its file is gone
             message = str(error) if isinstance(error, NotFound) else f"there is no model {quoted(name)}"
             raise Refused(404, f"{message}; GET /v1/models lists those there are", "model_not_found", "model") from None
-        check_allowed(self._settings, found)
+        check_allowed(self._settings, found, name)
         return found
 
     def _resolve(self, name: str) -> ModelReference:
@@ -89,11 +90,9 @@ class Catalogue:
 
     def entries(self) -> list[Json]:
         """Return a model object for every name, the current model first."""
-        loaded, allowed, found = self._loaded(), self._settings.model_allow_list, dict[str, Json]()
+        loaded, found = self._loaded(), dict[str, Json]()
         for name, reference in self._all():
-            if allowed and name not in loaded and not {reference.id, reference.label}.intersection(allowed):
-                continue
-            if name not in found:
+            if name not in found and (name in loaded or is_allowed(self._settings, reference, name)):
                 found[name] = self._object(name, reference, loaded)
         return list(found.values())
 
@@ -139,9 +138,9 @@ class Catalogue:
 
     def _object(self, name: str, reference: ModelReference, loaded: dict[str, ServedModel]) -> Json:
         served, takes = loaded.get(reference.id), self._footprint(reference)
+        known = takes if served is None else served
         limits = (self._settings.max_context_tokens, reference.max_context_tokens)
-        length = served.block_size if served is not None else None if takes is None else takes.block_size
-        known = [limit for limit in (length, *limits) if limit is not None]
+        chats = None if takes is None else takes.chat
         written = _written(reference)
         return {
             "id": name,
@@ -150,14 +149,11 @@ class Catalogue:
             "owned_by": "local",
             "kind": reference.kind,
             "loaded": served is not None,
-            "max_model_len": None if length is None else min(known),
-            "parameters": served.parameters if served is not None else None if takes is None else takes.parameters,
+            "chat": chats if served is None else is_chat(served.tokenizer),
+            "max_model_len": None if known is None else min(n for n in (known.block_size, *limits) if n is not None),
+            "parameters": None if known is None else known.parameters,
             "size_bytes": None if takes is None else takes.size_bytes,
-            "memory_bytes": served.memory_bytes
-            if served is not None
-            else None
-            if takes is None
-            else takes.memory_bytes,
+            "memory_bytes": None if known is None else known.memory_bytes,
         }
 
     def _footprint(self, reference: ModelReference) -> Footprint | None:

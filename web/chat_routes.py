@@ -18,7 +18,7 @@ from web.chat_schemas import ChatBody, ChatReply
 from web.client import Client
 from web.context import context
 from web.errors import Refused
-from web.openai_routes import ERRORS, max_tokens, note_ignored
+from web.openai_routes import ERRORS, max_tokens, note_ignored, require_room
 from web.openai_schemas import OpenAIError
 
 routes = APIBlueprint("chat", __name__, abp_tags=[Tag(name="OpenAI")], abp_responses=ERRORS)
@@ -54,6 +54,7 @@ def chat_completions(body: ChatBody) -> Response | dict[str, Any]:
     """Say the assistant's next message; models that were not trained to chat answer 501."""
     note_ignored(ChatBody)
     ctx = context()
+    require_room(ctx, body.n, "n")
     with using(ctx, body.model) as served:
         prompt, params = _request(body, served, context_tokens(ctx, served))
         batch = Batch(ctx, served, [prompt], params, Client(request.environ), g.request_id, body.n, body.stop)

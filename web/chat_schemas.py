@@ -6,7 +6,7 @@ from pydantic import Field, WithJsonSchema, field_validator, model_validator
 
 from inference.sequence import SamplingParams
 from storage.chat_format import Message, parse_messages
-from web.openai_schemas import MAX_LOGPROBS, GenerationBody
+from web.openai_schemas import MAX_TOP_LOGPROBS, GenerationBody
 from web.schemas import Reply
 
 MESSAGE = {
@@ -32,7 +32,7 @@ class ChatBody(GenerationBody):
     )
     logprobs: bool = Field(False, description="add the log-probability of each token")
     top_logprobs: int | None = Field(
-        None, ge=0, le=MAX_LOGPROBS, description="and those of so many tokens at each place; needs logprobs"
+        None, ge=0, le=MAX_TOP_LOGPROBS, description="and those of so many tokens at each place; needs logprobs"
     )
 
     @field_validator("messages")

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, WithJsonSchema
 from werkzeug.wsgi import wrap_file
 
 from storage import user_files
-from storage.errors import NotLoadable
+from storage.errors import BadName, NotLoadable
 from storage.user_files import UserFile
 from training import fine_tuning
 from web.context import Context, context
@@ -112,6 +112,9 @@ def upload(form: PurposeForm) -> dict[str, Any]:
         return describe(user_files.save(ctx.workspace, form.file.filename, form.purpose, stream, limit))
     except NotLoadable as error:
         raise Refused(400, str(error), "invalid_file", "file") from None
+    except BadName as error:
+        param = "file" if form.purpose in user_files.PURPOSES else "purpose"
+        raise Refused(400, str(error), param=param) from None
 
 
 @routes.get("/v1/files", responses={200: FileList})

@@ -38,11 +38,22 @@ def first_choice(settings: Settings) -> dict[str, str] | None:
     return {"model_type": settings.model_type or BUNDLED}
 
 
-def check_allowed(settings: Settings, reference: ModelReference) -> None:
-    """Raise Refused (403) for a model that is not on the allow list, when there is one."""
+def is_allowed(settings: Settings, reference: ModelReference, name: str | None = None) -> bool:
+    """Say whether the allow list, when there is one, has a model: its id, the path or the `name` that was asked for.
+
+    A run on the list is there with all its checkpoints, and a registered model with its aliases.
+    """
+    whole = reference.id if reference.kind == "registered" else reference.id.partition("/")[0]
+    asked = set() if name is None else {name, name.partition(":ckpt-step-")[0]}
     allowed = settings.model_allow_list
-    if allowed and reference.id not in allowed and reference.label not in allowed:
-        raise Refused(403, f"the model {reference.id} is not on this server's allow list: {', '.join(allowed)}")
+    return not allowed or not ({reference.id, reference.label, whole} | asked).isdisjoint(allowed)
+
+
+def check_allowed(settings: Settings, reference: ModelReference, name: str | None = None) -> None:
+    """Raise Refused (403) for a model that is not on the allow list; see `is_allowed`."""
+    if not is_allowed(settings, reference, name):
+        allowed = ", ".join(settings.model_allow_list)
+        raise Refused(403, f"the model {reference.id} is not on this server's allow list: {allowed}")
 
 
 class ModelLoader:

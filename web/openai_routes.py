@@ -97,11 +97,16 @@ def token_ids(
     return found
 
 
+def require_room(ctx: Context, wanted: int, param: str) -> None:
+    """Raise Refused for more completions than may ever wait at once."""
+    most = ctx.settings.max_waiting
+    if wanted > most:
+        raise Refused(400, f"{param} asks for {wanted} completions; a request may have at most {most}", param=param)
+
+
 def _prompt_ids(ctx: Context, served: ServedModel, body: CompletionBody) -> list[list[int]]:
     """Return the token ids of all prompts. Raises Refused and PromptTooLong."""
-    most, wanted = ctx.settings.max_waiting, len(body.prompt) * body.candidates
-    if wanted > most:
-        raise Refused(400, f"prompt asks for {wanted} completions; a request may have at most {most}", param="prompt")
+    require_room(ctx, len(body.prompt) * body.candidates, "prompt")
     return token_ids(body.prompt, served, context_tokens(ctx, served))
 
 

@@ -12,11 +12,13 @@ from pydantic import Field, WithJsonSchema, field_validator, model_validator
 
 from inference.sequence import SamplingParams
 from training.strict_model import StrictModel, shown
-from web.schemas import MAX_SAMPLES, Reply, SamplingFields
+from web.schemas import Reply, SamplingFields
 
 DEFAULT_MAX_TOKENS = 16
 MAX_BEST_OF = 20
-MAX_LOGPROBS = 20
+MAX_CHOICES = 128
+MAX_LOGPROBS = 5  # of a text completion; a chat's top_logprobs may be MAX_TOP_LOGPROBS
+MAX_TOP_LOGPROBS = 20
 MAX_INPUTS = 2048  # of an embeddings request
 MAX_IDS = 2**20  # of a token id list; far above any context
 UNSUPPORTED = (
@@ -94,7 +96,7 @@ class GenerationBody(OpenAIBody, SamplingFields):
     model: str | None = Field(None, description="an id of /v1/models; default: the current model")
     temperature: float = Field(1.0, ge=0, le=100, description="0 is greedy")
     top_k: int = Field(0, ge=-1, lt=2**31, description="choose among this many tokens; 0 and -1 are off")
-    n: int = Field(1, ge=1, le=MAX_SAMPLES, description="choices for each prompt")
+    n: int = Field(1, ge=1, le=MAX_CHOICES, description="choices for each prompt")
     logit_bias: dict[str, float] = Field({}, description="token id to what is added to its logit, -100 to 100")
     stream_options: StreamOptions = StreamOptions.model_validate({})
     user: Any = Field(None, description="not used")
@@ -258,6 +260,7 @@ class ModelObject(Reply):
     owned_by: str
     kind: str
     loaded: bool
+    chat: bool | None
     max_model_len: int | None
     parameters: int | None
     size_bytes: int | None

@@ -54,7 +54,9 @@ class Settings:
         None, "JSON or YAML file that adds models by name", also="MODEL_REGISTRY_PATH"
     )
     model_allow_list: tuple[str, ...] = setting(
-        (), "names of the only models that may be loaded, separated by commas", also="MODEL_ALLOW_LIST"
+        (),
+        "names of the only models that may be loaded, each with its checkpoints and aliases; separated by commas",
+        also="MODEL_ALLOW_LIST",
     )
 
     device: str = setting("auto", "where models run", choices=("auto", "cpu", "cuda", "mps"), also="DEFAULT_DEVICE")

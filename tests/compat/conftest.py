@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from clients import BYTES
-from test_server_process import Process
+from live_server import Process
 
 NPM_OPENAI = "openai@6"
 
@@ -40,7 +40,7 @@ def models(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def server(models) -> Iterator[Process]:
     """Serve them."""
-    process = Process(models, "--threads", "1", "--drain", "2", "--dtype", "fp32")
+    process = Process(models, "--threads", "1", "--drain", "2", "--dtype", "fp32", "--training_priority", "normal")
     yield process
     process.end()
 

@@ -3,9 +3,10 @@
 import openai
 import pytest
 from fakes import FakeEngine, byte_tokenizer
-from openai import OpenAI
+from openai_shapes import checked
 from test_openai_sdk_jobs import Served
 
+from inference.sequence import EngineDown, QueueFull
 from storage.chat_format import end_of_turn, with_chat_tokens
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi 🙂"}]
@@ -28,7 +29,7 @@ def served(tmp_path, tokenizer):
 
 @pytest.fixture
 def client(served):
-    with OpenAI(base_url=f"http://127.0.0.1:{served.server.port}/v1", api_key="none", timeout=10) as made:
+    with checked(f"http://127.0.0.1:{served.server.port}", timeout=10) as made:
         yield made
 
 
@@ -93,7 +94,7 @@ def test_models_are_listed_retrieved_named_and_deleted(served, client):
 
 
 def test_what_is_refused_is_not_asked_again(served, client):
-    for body in ({"prompt": "x" * 70000}, {"prompt": "a", "n": 99}):
+    for body in ({"prompt": "x" * 70000}, {"prompt": "a", "n": 129}):
         with pytest.raises(openai.BadRequestError):
             client.completions.create(model="tiny", **body)
     with pytest.raises(openai.NotFoundError, match="nobody"):
@@ -106,3 +107,18 @@ def test_a_full_queue_is_a_rate_limit(served, client):
     with pytest.raises(openai.RateLimitError):
         client.with_options(max_retries=0).completions.create(model="tiny", prompt="a")
     assert served.requests == 1
+
+
+@pytest.mark.parametrize("error", [QueueFull("the queue is full", retry_after=1), EngineDown("the engine starts")])
+def test_what_is_refused_for_now_is_asked_again_when_the_server_says(served, client, error):
+    errors, submit = [error], served.engine.submit
+
+    def refuse_once(*given, **more):
+        if errors:
+            raise errors.pop()
+        return submit(*given, **more)
+
+    served.engine.submit = refuse_once
+    reply = client.completions.with_raw_response.create(model="tiny", prompt="Once", max_tokens=2)
+    assert reply.retries_taken == 1 and served.requests == 2
+    assert reply.parse().usage.completion_tokens == 2

@@ -10,7 +10,7 @@ import time
 import openai
 import pytest
 from fakes import FakeEngine, byte_tokenizer
-from openai import OpenAI
+from openai_shapes import checked
 from test_jobs import FakeBackend
 from werkzeug.serving import WSGIRequestHandler, make_server
 
@@ -86,7 +86,7 @@ def served(tmp_path):
 
 @pytest.fixture
 def client(served):
-    with OpenAI(base_url=f"http://127.0.0.1:{served.server.port}/v1", api_key="none", timeout=10) as made:
+    with checked(f"http://127.0.0.1:{served.server.port}", timeout=10) as made:
         yield made
 
 
