@@ -60,7 +60,7 @@ def launched(argv: list[str], processes: int) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; print {"error": …} and return another code than 0 for what would fail."""
-    config, place, argv = None, Rank.of(os.environ), sys.argv[1:] if argv is None else argv
+    code, config, place, argv = 0, None, Rank.of(os.environ), sys.argv[1:] if argv is None else argv
     place.bind()
     try:
         config, workspace = parse(argv, Path(__file__).resolve().parent)
@@ -73,14 +73,13 @@ def main(argv: list[str] | None = None) -> int:
             return launched(argv, config.nproc_per_node)
         with tempfile.TemporaryDirectory() as own:
             found = measure(config, workspace, Run(name, place.folder or Path(own)), Team(place))
-        leave()
     except Exception as error:
         code, sentence = explain(error, config, 0)
-        print(json.dumps({"error": sentence}))
-        return code
+        found = {"error": sentence}
+    leave()  # the others may end from here on
     if place.number == 0:
         print(json.dumps(found))
-    return 0
+    return code
 
 
 if __name__ == "__main__":

@@ -23,11 +23,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from learning import lora
+from learning import lora, sharing
 from learning.launcher import launch
-from learning.machine import Machine, compiled
+from learning.machine import Machine
 from learning.optimizers import optimizers
 from learning.start import last_good, start
 from learning.team import Team, leave
@@ -64,10 +63,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, machine: Machine, team: Team, model: GPT, splits: Splits, stop: StopSignal):
         self.config, self.machine, self.team, self.splits, self.stop = config, machine, team, splits, stop
         self.window = window_of(config, model.config.block_size)
-        self.model = model.to(machine.device)
-        self.forward: nn.Module = compiled(self.model) if config.compile else self.model
-        if team.world > 1:
-            self.forward = DistributedDataParallel(self.forward)
+        self.model, self.forward = model, sharing.shared(config, model, machine.device, team.world)
         self.saved: int | None = None  # the iteration of the newest checkpoint
         self.roll_backs = RollBacks(model.config.vocab_size)
         self.begin()
@@ -128,8 +124,7 @@ class Trainer:
             if i > 0 and self.interrupted():
                 self.order.restore(before)
                 return {}
-            wait = world > 1 and i < len(steps) - 1  # processes exchange gradients in the last step only
-            with self.forward.no_sync() if wait else contextlib.nullcontext(), self.machine.autocast():
+            with sharing.exchange(self.forward, last=i == len(steps) - 1), self.machine.autocast():
                 loss = self.forward(*self.batch(part, starts))[1] / divisors[i]
             self.scaler.scale(loss).backward()
             total += loss.detach()
@@ -161,13 +156,14 @@ class Trainer:
         """Return the mean loss on a split: the same windows each time, and no generator of the training is used."""
         order, size = order_of(*part, self.window, self.config.seed + 1), self.config.batch_size
         starts = order.next(min(self.config.eval_iters * size, len(order.order)))
-        share, total, weights = np.array_split(starts, self.team.world)[self.team.rank], 0.0, 0
+        shares, total, weights = np.array_split(starts, self.team.world), 0.0, 0
         self.model.eval()
-        for i in range(0, 0 if self.interrupted() else len(share), size):
-            with self.machine.autocast():
-                loss = self.model(*self.batch(part, share[i : i + size]))[1]
-            count = weight(part[1], share[i : i + size], self.window)
-            total, weights = total + loss.item() * count, weights + count
+        for i in range(0, 0 if self.interrupted() else len(shares[0]), size):  # the first share is the longest
+            mine = shares[self.team.rank][i : i + size]
+            with self.machine.autocast():  # who has nothing left still takes part where the model is split
+                loss = self.model(*self.batch(part, mine if len(mine) else starts[:1]))[1]
+            if count := weight(part[1], mine, self.window):
+                total, weights = total + loss.item() * count, weights + count
         self.model.train()
         return self.team.sum(total) / max(self.team.sum(weights), 1)  # 0 only if it was interrupted
 
@@ -185,6 +181,12 @@ class Trainer:
         self.evaluated, better = self.iter_num, self.best.see(self.iter_num, val)
         return losses(train, val, self.best.loss, self.splits.bytes_per_token), better
 
+    def samples(self) -> bool:
+        """Say whether this process takes part in making a sample now: process 0, or all where the model is split."""
+        if self.config.sample_tokens and self.config.shard:
+            return not self.team.sum(self.stop.requested)
+        return self.team.rank == 0 and bool(self.config.sample_tokens) and not self.stop.requested
+
     def sample(self) -> tuple[str, str]:
         """Return a prompt and its continuation, from the same prompt and random numbers each time."""
         text = self.splits.tokenizer
@@ -198,11 +200,12 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Return the checkpoint: nanoGPT's keys, and all that decides the next iteration."""
-        named = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
-        if not all(p.isfinite().all() for p in self.model.parameters()):
+        first = self.team.rank == 0
+        named = {name: sharing.whole_moments(optimizer, first) for name, optimizer in self.optimizers.items()}
+        if self.team.sum(not sharing.finite(self.model.parameters())):
             raise Diverged(f"a weight is no longer a number at iteration {self.iter_num}; lower learning_rate")
         shape = self.model.config
-        weights = lora.saved(self.model) | {"optimizer": named["adamw"] if len(named) == 1 else named}
+        weights = sharing.saved(self.model, first) | {"optimizer": named["adamw"] if len(named) == 1 else named}
         about = {"model_args": shape.model_args(), "activation": shape.activation, "tied": shape.tied}
         reached = {"iter_num": self.iter_num, "evaluated": self.evaluated, **self.best.state()}
         reached["roll_backs"] = self.roll_backs.state()
@@ -217,7 +220,8 @@ class Trainer:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's state; its weights are in the model already."""
         for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizer"] if len(self.optimizers) == 1 else state["optimizer"][name])
+            whole = state["optimizer"]
+            sharing.take_moments(optimizer, whole if len(self.optimizers) == 1 else whole[name])
         self.iter_num, self.evaluated = state["iter_num"], state["evaluated"]
         self.best.restore(state, self.config.patience)
         self.roll_backs.restore(state.get("roll_backs", {}))
@@ -253,7 +257,7 @@ def roll_back(trainer: Trainer, workspace: Workspace, run: Run, report: Report, 
         raise reason
     trainer.roll_backs.again(reason, 0 if state is None else state["iter_num"])
     to = {"model": start(trainer.config, workspace, run, first=False)[0].state_dict()} if state is None else state
-    trainer.model.load_state_dict(lora.take_weights(to))
+    sharing.take_weights(trainer.model, lora.take_weights(to))
     trainer.begin()
     if state is not None:
         trainer.restore(state)
@@ -271,7 +275,7 @@ def loop(trainer: Trainer, run: Run, report: Report, outcome: Outcome) -> None:
         memory = trainer.machine.memory_bytes()
         report.iteration(trainer.iter_num, update, evaluation, trainer.seconds, memory, trainer.roll_backs.note)
         if evaluation is not None and trainer.iter_num > 0:
-            if trainer.team.rank == 0 and config.sample_tokens and not trainer.stop.requested:
+            if trainer.samples():
                 report.sample(trainer.iter_num, *trainer.sample())
             save(trainer, run, report, best)
         early = trainer.best.verdict(trainer.iter_num, config)
@@ -292,9 +296,9 @@ def prepare(config: TrainConfig, workspace: Workspace, run: Run, team: Team) -> 
         team.sum(0)  # process 0 prepares what the others then find
     model, text, state = start(config, workspace, run, team.rank == 0)
     splits = dataset(workspace, config.dataset).prepare(text, PreparationLine())
+    check_fit(config, splits, model.config, team.world)
     if team.rank == 0:
         team.sum(0)  # a sum waits for all
-    check_fit(config, splits, model.config, team.world)
     return model, splits, state
 
 

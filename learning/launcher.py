@@ -81,8 +81,16 @@ def run_together(script: Path, argv: Sequence[str], processes: int, threads: int
 
 
 def cause(failures: dict[int, int]) -> tuple[int, int]:
-    """Return rank and exit code of the process to blame: one that was killed, since that makes the others fail."""
-    return min(failures.items(), key=lambda failure: (failure[1] >= 0, failure[0]))
+    """Return rank and exit code of the process to blame.
+
+    One that was killed makes the others fail, or abort; and torchrun's agent ends those that are left with SIGTERM.
+    """
+
+    def guilt(failure: tuple[int, int]) -> tuple[int, int]:
+        rank, code = failure
+        return {-signal.SIGTERM: 3, -signal.SIGABRT: 1}.get(code, 2 if code > 0 else 0), rank
+
+    return min(failures.items(), key=guilt)
 
 
 def ended(rank: int, code: int, processes: int) -> str:

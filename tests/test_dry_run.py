@@ -66,6 +66,17 @@ def test_what_would_fail_is_told_in_a_sentence(workspace, capsys, fields, senten
     assert code == 2 and sentence in found["error"]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_dry_run_of_several_processes_takes_as_many(workspace):
+    config = resolve(TrainConfig.parse(TINY | {"nproc_per_node": 2, "optimizer": "adamw", "shard": True}))
+    found, alone = (try_out(workspace, c) for c in (config, resolve(TrainConfig.parse(TINY | {"optimizer": "adamw"}))))
+    assert found["start_loss"] == pytest.approx(alone["start_loss"], abs=1e-4)
+    assert found["peak_memory_bytes"] > 1.5 * alone["peak_memory_bytes"]
+    with pytest.raises(DryRunFailed, match="tokens"):
+        try_out(workspace, config.model_copy(update={"block_size": 50_000}))
+
+
 def test_a_run_that_has_begun_is_not_tried(workspace, capsys, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(TINY | {"init_from": "resume"}))
     assert dry_run.main(["--root", str(tmp_path), "--config", str(tmp_path / "config.json")]) == 2

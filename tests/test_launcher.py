@@ -9,8 +9,9 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from live_server import alive, until
-from test_train import ROOT, TINY, Place
+import torch
+from live_server import Process, alive, make_root, until
+from test_train import ROOT, TEXT, TINY, Place
 
 from learning.launcher import cause, ended, threads_each
 from storage import checkpoints
@@ -22,6 +23,7 @@ from training.rank import FOLDER, LAUNCHER, NOTE, Rank
 
 FIELDS = TINY | {"max_iters": 120, "eval_interval": 20, "eval_iters": 1, "sample_tokens": 0, "learning_rate": 1e-3}
 TWO = {"nproc_per_node": 2}
+SHARD = TWO | {"shard": "true", "sample_tokens": 4}
 
 
 @pytest.fixture
@@ -61,8 +63,9 @@ def same_losses(place: Place, one: str, other: str) -> bool:
 
 
 @pytest.mark.timeout(120)
-def test_a_killed_process_takes_all_back_to_the_last_checkpoint_and_the_losses_are_those_of_one_process(place):
-    with trainer(place, "two", **TWO) as launcher:
+@pytest.mark.parametrize("fields", [TWO, pytest.param(SHARD, marks=pytest.mark.slow)], ids=["copies", "shards"])
+def test_a_killed_process_takes_all_back_to_the_last_checkpoint_and_the_losses_are_those_of_one_process(place, fields):
+    with trainer(place, "two", **fields) as launcher:
         until(lambda: reached(place, "two", 25))
         first = ranks_of(place.run("two"))
         os.kill(first[1]["process_id"], signal.SIGKILL)
@@ -75,6 +78,28 @@ def test_a_killed_process_takes_all_back_to_the_last_checkpoint_and_the_losses_a
     assert [row["rank"] for row in first] == [0, 1] and ranks_of(place.run("two")) != first
 
 
+@pytest.mark.timeout(120)
+def test_shards_make_the_losses_and_the_checkpoint_of_one_process_which_goes_on_with_it(place):
+    batch = {"batch_size": 2, "gradient_accumulation_steps": 2, "eval_iters": 3, "max_iters": 40, "lr_decay_iters": 60}
+    with trainer(place, "two", **SHARD | batch) as launcher:
+        assert launcher.wait(90) == 0, log(place, "two")
+    place.train("one", **FIELDS | batch)
+    assert same_losses(place, "two", "one")
+    one, two = metrics.last(place.run("one").metrics), metrics.last(place.run("two").metrics)
+    assert two["val_loss"] == pytest.approx(one["val_loss"], abs=1e-4)
+    one, two = place.state("one"), place.state("two")
+    assert one.keys() == two.keys() and list(one["model"]) == list(two["model"])
+    for name, weight in one["model"].items():
+        assert torch.allclose(weight, two["model"][name], atol=1e-4)
+    assert [m["exp_avg"].shape for m in one["optimizer"]["state"].values()] == [
+        m["exp_avg"].shape for m in two["optimizer"]["state"].values()
+    ]
+    for name in ("one", "two"):
+        assert place.train(name, init_from="resume", max_iters=60, nproc_per_node=1, shard="false") == 0
+    assert same_losses(place, "two", "one") and len(losses(place, "two")) == 60
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_request_to_stop_saves_once_loses_no_iteration_and_a_resumed_run_goes_on(place):
     with trainer(place, "two", **TWO, max_iters=100_000) as launcher:
@@ -123,6 +148,10 @@ def test_a_run_whose_processes_are_killed_too_often_fails_and_says_so(place):
         ({"nproc_per_node": 3}, "batch_size 4 or gradient_accumulation_steps 1 must be a multiple of it"),
         ({"nproc_per_node": 2, "device": "cuda:1"}, "several processes need cuda, cpu or auto"),
         ({"nproc_per_node": 2, "max_restarts": -1}, "max_restarts is -1"),
+        ({"shard": True}, "give nproc_per_node, at least 2"),
+        ({"nproc_per_node": 2, "shard": True, "optimizer": "muon"}, "it needs whole matrices; use adamw"),
+        ({"nproc_per_node": 2, "shard": True, "dtype": "fp16"}, "use bf16 or fp32"),
+        ({"nproc_per_node": 2, "shard": True, "compile": True}, "compile is True, which does not go with shard"),
     ],
 )
 def test_what_processes_cannot_share_is_refused_before_anything_starts(fields, sentence):
@@ -150,6 +179,7 @@ def test_a_rank_is_what_torchrun_says_and_what_our_launcher_adds(tmp_path):
 
 def test_the_process_that_was_killed_is_to_blame_and_not_those_that_missed_it():
     assert cause({0: 1, 1: -9}) == (1, -9) and cause({2: 1, 1: 2}) == (1, 2)
+    assert cause({0: -15, 1: 1}) == (1, 1) and cause({0: -6, 1: -11}) == (1, -11)
     assert ended(1, -15, 2) == "process 1 of the 2 from 0 to 1 was killed by SIGTERM"
 
 
@@ -163,3 +193,73 @@ def test_a_job_of_one_process_shows_no_ranks(place):
     assert ranks_of(place.run("one")) == []
     (place.run("one").folder / "trainer.json").write_text(json.dumps({"ranks": "nonsense"}))
     assert ranks_of(place.run("one")) == []
+
+
+# ---- through the server
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "data" / "sums").mkdir(parents=True)
+    (tmp_path / "data" / "sums" / "sums.txt").write_text(TEXT)
+    return make_root(tmp_path)
+
+
+@contextlib.contextmanager
+def served(root) -> Iterator[Process]:
+    server = Process(root, "--slots", "2", "--threads", "1")
+    try:
+        yield server
+    finally:
+        server.end()
+
+
+def train(server: Process, **fields):
+    return server.post("/api/train", FIELDS | TWO | {"output_dir": "out/two"} | fields)
+
+
+def job(server: Process) -> dict:
+    return server.get("/api/jobs/two").json()
+
+
+@pytest.mark.timeout(120)
+def test_a_job_on_several_devices_shows_its_ranks_and_stops_with_all_of_them_by_http(root):
+    with served(root) as server:
+        refused = train(server, nproc_per_node=3)
+        assert refused.status_code == 400 and "must be a multiple of it" in refused.json()["error"]
+        started = train(server, max_iters=100_000)
+        assert started.status_code == 200, started.json()
+        until(lambda: job(server)["iter_num"] >= 5)
+        found = job(server)
+        pids = [row["process_id"] for row in found["ranks"]]
+        assert [row["rank"] for row in found["ranks"]] == [0, 1] and found["process_id"] not in pids
+        assert found["process_id"] == started.json()["process_id"] and all(alive(pid) for pid in pids)
+        assert os.getpriority(os.PRIO_PROCESS, pids[1]) >= 10
+        server.post("/api/jobs/two/stop", {})
+        until(lambda: job(server)["state"] != "running")
+        found = job(server)
+        assert (found["state"], found["ranks"]) == ("stopped", []) and not any(alive(pid) for pid in pids)
+        saved = torch.load(root / "out" / "two" / "ckpt.pt", weights_only=True)["iter_num"]
+        assert found["iter_num"] == saved == metrics.last(root / "out" / "two" / "metrics.jsonl")["iter_num"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_a_job_on_several_devices_outlives_the_server_and_goes_on_after_a_stop(root):
+    with served(root) as server:
+        assert train(server, max_iters=100_000).status_code == 200
+        until(lambda: job(server)["iter_num"] >= 3)
+        before, worker = job(server), server.worker()
+        server.child.kill()
+        os.kill(worker, signal.SIGKILL)
+    with served(root) as server:
+        found = job(server)
+        assert found["state"] == "running" and found["ranks"] == before["ranks"]
+        assert found["process_id"] == before["process_id"]
+        server.post("/api/jobs/two/stop", {})
+        until(lambda: job(server)["state"] == "stopped")
+        reached = job(server)["iter_num"]
+        server.post("/api/jobs/two/resume", {"max_iters": reached + 20})
+        until(lambda: job(server)["state"] == "succeeded")
+        rows = [row["iter_num"] for row in metrics.read(root / "out" / "two" / "metrics.jsonl") if "loss" in row]
+        assert rows == list(range(1, reached + 21))

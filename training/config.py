@@ -102,6 +102,9 @@ class TrainConfig(StrictModel):
     nproc_per_node: int = option(
         "machine", "processes that share each batch, on a GPU each or on the CPU", 1, ge=1, le=64
     )
+    shard: bool = option(
+        "machine", "split weights and moments among the processes (FSDP2), if one device cannot hold them", False
+    )
     max_restarts: int = option(
         "machine",
         "of several processes: how often all go on from the last checkpoint when one was killed",
@@ -193,6 +196,7 @@ def _following(fields: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
         _check_shape(rest)
     _check_adapters(rest)
     _check_processes(rest)
+    _check_shard(rest)
     if rest.get("lora_rank") is not None:
         rest = {"lora_alpha": 2.0 * rest["lora_rank"]} | rest
     return rest
@@ -224,6 +228,20 @@ def _check_processes(fields: dict[str, Any]) -> None:
     device = fields.get("device", "auto")
     if count > 1 and (":" in device or device == "mps"):
         raise ConfigError(f"device is {device}, and nproc_per_node {count}; several processes need cuda, cpu or auto")
+
+
+def _check_shard(fields: dict[str, Any]) -> None:
+    if not fields.get("shard"):
+        return
+    if fields.get("nproc_per_node", 1) < 2:
+        raise ConfigError("shard splits a model among several processes; give nproc_per_node, at least 2")
+    unfit = {"optimizer": ("muon", "it needs whole matrices; use adamw"), "dtype": ("fp16", "use bf16 or fp32")}
+    for name, (value, instead) in unfit.items():
+        if fields.get(name) == value:
+            raise ConfigError(f"{name} is {value}, which does not go with shard: {instead}")
+    for name in ("lora_rank", "compile"):
+        if fields.get(name):
+            raise ConfigError(f"{name} is {fields[name]}, which does not go with shard; leave out one of them")
 
 
 def choices(annotation: Any) -> list[Any]:
