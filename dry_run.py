@@ -18,11 +18,12 @@ import torch
 
 from learning.launcher import cause, ended, run_together, threads_each
 from learning.machine import Machine
+from learning.start import prepare
 from learning.team import Team, leave
 from storage.datasets import dataset
 from storage.registry import pretrained_names
 from storage.runs import Run, Workspace
-from train import Trainer, prepare
+from train import Trainer
 from training.command_line import parse
 from training.config import ConfigError, TrainConfig, resolve
 from training.hardware import require_devices

@@ -28,11 +28,11 @@ from learning import lora, sharing
 from learning.launcher import launch
 from learning.machine import Machine
 from learning.optimizers import optimizers
-from learning.start import last_good, start
+from learning.start import last_good, prepare, start
 from learning.team import Team, leave
 from model import GPT
 from storage import checkpoints
-from storage.datasets import Splits, dataset
+from storage.datasets import Splits
 from storage.registry import pretrained_names
 from storage.runs import Run, Workspace
 from training.best import BestLoss
@@ -42,14 +42,13 @@ from training.examples import Part, learned, order_of, weight
 from training.log import patient_output
 from training.outcome import Diverged, Outcome
 from training.probe import probe
-from training.progress import PreparationLine
 from training.rank import Rank
 from training.report import Report, losses
 from training.resumption import warn_of_differences
 from training.roll_back import RollBacks
 from training.run_folder import claim
 from training.schedule import learning_rate
-from training.starting_point import check_fit, window_of
+from training.starting_point import window_of
 from training.stop_signal import StopSignal
 from training.trackers import trackers
 from training.windows import gather
@@ -288,18 +287,6 @@ def loop(trainer: Trainer, run: Run, report: Report, outcome: Outcome) -> None:
         raise report.failure
     outcome.note = "; ".join(filter(None, (trainer.roll_backs.note, early))) or None
     outcome.stopped = trainer.iter_num < config.max_iters and early is None
-
-
-def prepare(config: TrainConfig, workspace: Workspace, run: Run, team: Team) -> tuple[GPT, Splits, dict[str, Any]]:
-    """Return the model to begin with, the data, and the saved state if this resumes a run, else {}."""
-    if team.rank > 0:
-        team.sum(0)  # process 0 prepares what the others then find
-    model, text, state = start(config, workspace, run, team.rank == 0)
-    splits = dataset(workspace, config.dataset).prepare(text, PreparationLine())
-    check_fit(config, splits, model.config, team.world)
-    if team.rank == 0:
-        team.sum(0)  # a sum waits for all
-    return model, splits, state
 
 
 def train(config: TrainConfig, workspace: Workspace, run: Run, team: Team, outcome: Outcome, stop: StopSignal) -> None:

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from learning import lora
+from learning.team import Team
 from learning.vocabulary import rows_for, with_rows
 from model import GPT, GPTConfig
 from storage import checkpoints, tokenizer
-from storage.datasets import dataset
+from storage.datasets import Splits, dataset
 from storage.errors import StorageError
 from storage.runs import Run, Workspace
 from storage.tokenizer import Tokenizer
@@ -23,7 +24,7 @@ from storage.tokenizer_choice import fitting, tokenizer_for
 from training.config import ConfigError, TrainConfig
 from training.progress import PreparationLine
 from training.resumption import require_resumable
-from training.starting_point import reference, require_memory, shorter_context
+from training.starting_point import check_fit, reference, require_memory, shorter_context
 
 
 def start(config: TrainConfig, workspace: Workspace, run: Run, first: bool) -> tuple[GPT, Tokenizer, dict[str, Any]]:
@@ -69,6 +70,18 @@ def start(config: TrainConfig, workspace: Workspace, run: Run, first: bool) -> t
     if weights is not None:
         model.load_state_dict(model.state_dict() | weights)  # new adapters stay as they are
     return model, tokenizer.load(run.tokenizer), state
+
+
+def prepare(config: TrainConfig, workspace: Workspace, run: Run, team: Team) -> tuple[GPT, Splits, dict[str, Any]]:
+    """Return the model to begin with, the data, and the saved state if this resumes a run, else {}."""
+    if team.rank > 0:
+        team.sum(0)  # process 0 prepares what the others then find
+    model, text, state = start(config, workspace, run, team.rank == 0)
+    splits = dataset(workspace, config.dataset).prepare(text, PreparationLine())
+    check_fit(config, splits, model.config, team.world)
+    if team.rank == 0:
+        team.sum(0)  # a sum waits for all
+    return model, splits, state
 
 
 def last_good(run: Run) -> dict[str, Any] | None:

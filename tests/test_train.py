@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import train
+from learning import start
 from model import GPTConfig
 from storage import checkpoints, registry
 from storage.datasets import Splits
@@ -467,7 +468,7 @@ def test_output_that_cannot_be_written_does_not_end_a_run(place, monkeypatch):
 
 
 def test_a_signal_before_the_first_iteration_stops_at_once(place, monkeypatch):
-    monkeypatch.setattr(train, "check_fit", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(start, "check_fit", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
     assert place.train("a") == 0
     assert place.result("a")["state"] == "stopped" and not place.run("a").checkpoint.exists()
 
