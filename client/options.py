@@ -49,6 +49,7 @@ TRAINING: Options = {
     "dtype": (str, "auto, fp32, bf16 or fp16."),
     "device": (str, "auto, cpu, cuda or mps."),
     "nproc_per_node": (int, "Processes that share each batch, on a GPU each or on the CPU."),
+    "shard": (bool, "Split weights and moments among the processes."),
 }
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from live_server import Process, alive, make_root, until
-from test_train import ROOT, TEXT, TINY, Place
+from test_train import ROOT, TEXT, TINY, Place, same_weights
 
 from learning.launcher import cause, ended, threads_each
 from storage import checkpoints
@@ -68,14 +68,14 @@ def test_a_killed_process_takes_all_back_to_the_last_checkpoint_and_the_losses_a
     with trainer(place, "two", **fields) as launcher:
         until(lambda: reached(place, "two", 25))
         first = ranks_of(place.run("two"))
-        os.kill(first[1]["process_id"], signal.SIGKILL)
+        os.kill(first[1], signal.SIGKILL)
         assert launcher.wait(90) == 0, log(place, "two")
     place.train("one", **FIELDS)
     assert same_losses(place, "two", "one") and place.result("two")["state"] == "succeeded"
     notes = [row["note"] for row in metrics.read(place.run("two").metrics) if "note" in row]
     assert notes == ["process 1 of the 2 from 0 to 1 was killed by SIGKILL; restart 1 of 3"]
     assert Job(place.run("two")).describe()["note"] == notes[0] and notes[0] in log(place, "two")
-    assert [row["rank"] for row in first] == [0, 1] and ranks_of(place.run("two")) != first
+    assert len(first) == 2 and ranks_of(place.run("two")) != first
 
 
 @pytest.mark.timeout(120)
@@ -115,11 +115,25 @@ def test_a_request_to_stop_saves_once_loses_no_iteration_and_a_resumed_run_goes_
     assert same_losses(place, "two", "one") and len(losses(place, "two")) == end
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("fields", [TWO, SHARD], ids=["copies", "shards"])
+def test_a_resumed_run_of_several_processes_repeats_the_bits_of_one_never_stopped(place, fields):
+    fields = fields | {"dropout": 0.1, "lr_decay_iters": 40, "warmup_iters": 2}
+    for name, more in (("straight", fields | {"max_iters": 40}), ("resumed", fields | {"max_iters": 20})):
+        with trainer(place, name, **more) as launcher:
+            assert launcher.wait(60) == 0, log(place, name)
+    with trainer(place, "resumed", init_from="resume", max_iters=40) as launcher:
+        assert launcher.wait(60) == 0, log(place, "resumed")
+    assert place.losses("straight") == place.losses("resumed") and len(place.losses("straight")) == 41
+    assert same_weights(place.state("straight"), place.state("resumed"))
+
+
 @pytest.mark.timeout(120)
 def test_nothing_outlives_a_killed_launcher(place):
     with trainer(place, "two", **TWO, max_iters=100_000) as launcher:
         until(lambda: reached(place, "two", 3))
-        pids = [row["process_id"] for row in ranks_of(place.run("two"))]
+        pids = ranks_of(place.run("two"))
         assert all(alive(pid) for pid in pids)
         launcher.kill()
         until(lambda: not any(alive(pid) for pid in pids))
@@ -132,7 +146,7 @@ def test_a_run_whose_processes_are_killed_too_often_fails_and_says_so(place):
     with trainer(place, "two", **TWO, max_restarts=1, max_iters=100_000) as launcher:
         for restart in range(2):
             until(lambda r=restart: reached(place, "two", 25 + 40 * r))
-            os.kill(ranks_of(place.run("two"))[0]["process_id"], signal.SIGKILL)
+            os.kill(ranks_of(place.run("two"))[0], signal.SIGKILL)
             until(lambda: launcher.poll() is not None or "restart 1 of 1" in log(place, "two"))
         assert launcher.wait(60) == 1
     result = place.result("two")
@@ -231,8 +245,8 @@ def test_a_job_on_several_devices_shows_its_ranks_and_stops_with_all_of_them_by_
         assert started.status_code == 200, started.json()
         until(lambda: job(server)["iter_num"] >= 5)
         found = job(server)
-        pids = [row["process_id"] for row in found["ranks"]]
-        assert [row["rank"] for row in found["ranks"]] == [0, 1] and found["process_id"] not in pids
+        pids = found["ranks"]
+        assert len(pids) == 2 and found["process_id"] not in pids
         assert found["process_id"] == started.json()["process_id"] and all(alive(pid) for pid in pids)
         assert os.getpriority(os.PRIO_PROCESS, pids[1]) >= 10
         server.post("/api/jobs/two/stop", {})

@@ -36,12 +36,12 @@ def trainer_of(run: Run) -> ProcessIdentity | None:
     return identity if identity is not None and is_alive(identity) else None
 
 
-def ranks_of(run: Run) -> list[dict[str, int]]:
-    """Return rank and pid of the processes that train a run together; [] for a single one."""
+def ranks_of(run: Run) -> list[int]:
+    """Return the pids of the processes that train a run together, by rank; [] for a single one."""
     pids = read_object(run.folder / TRAINER).get("ranks")
     if not isinstance(pids, list) or len(pids) < 2:
         return []
-    return [{"rank": rank, "process_id": int(pid)} for rank, pid in enumerate(pids)]
+    return [int(pid) for pid in pids]
 
 
 @dataclass
