@@ -27,6 +27,7 @@ from training.job import ENDED, read_object, trainer_of
 from training.outcome import ANOTHER_ENDED, Outcome, TeamFailed
 from training.process import children, identify
 from training.rank import FOLDER, LAUNCHER, NOTE
+from training.run_folder import require_unused
 from training.stop_signal import StopSignal
 
 AGAIN = 2.0  # seconds after which a request to stop is repeated: a process may just have been about to start
@@ -95,12 +96,16 @@ def cause(failures: dict[int, int]) -> tuple[int, int]:
 
 def ended(rank: int, code: int, processes: int) -> str:
     """Return in words how a process ended."""
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    names = {number.value: number.name for number in signal.Signals}
+    how = f"was killed by {names.get(-code, f'signal {-code}')}" if code < 0 else f"ended with code {code}"
     return f"process {rank} of the {processes} from 0 to {processes - 1} {how}"
 
 
 def _conclude(failures: dict[int, int], config: TrainConfig, run: Run, outcome: Outcome, stop: StopSignal) -> None:
     """Give `outcome` what process 0 has not told in result.json. Raises TeamFailed."""
+    if trainer_of(run) != identify(os.getpid()):  # they did not come to claim the folder, or have given it up
+        outcome.exit_code = 0 if stop.requested or not failures else max(1, cause(failures)[1])
+        return
     result, processes = read_object(run.result), config.nproc_per_node
     said = result.get("state") in ENDED and ANOTHER_ENDED not in str(result.get("error"))
     begun = run.metrics.exists()
@@ -121,9 +126,10 @@ def launch(
 ) -> None:
     """Run a resolved config's training in nproc_per_node processes; `outcome` gets the end if they do not tell it.
 
-    Raises ConfigError for devices that are not there, before anything is started, and TeamFailed.
+    Raises ConfigError for a folder or devices that cannot be had, before anything is started, and TeamFailed.
     """
     processes, note = config.nproc_per_node, ""
+    require_unused(run, config)
     require_devices(config.device, processes, torch.cuda.device_count())
     threads = threads_each(processes)
     pass_on(stop)

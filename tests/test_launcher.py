@@ -27,8 +27,11 @@ SHARD = TWO | {"shard": "true", "sample_tokens": 4}
 
 
 @pytest.fixture
-def place(tmp_path) -> Place:
-    return Place(tmp_path)
+def place(tmp_path) -> Iterator[Place]:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield Place(tmp_path)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -172,6 +175,13 @@ def test_what_processes_cannot_share_is_refused_before_anything_starts(fields, s
     with pytest.raises(ConfigError, match=sentence):
         resolve(TrainConfig.parse(TINY | {"output_dir": "out/a"} | fields))
     assert resolve(TrainConfig.parse(TINY | {"output_dir": "out/a", "gradient_accumulation_steps": 3} | TWO))
+
+
+def test_a_finished_run_is_neither_touched_nor_told_of_as_ours(place, capsys):
+    assert place.train("a") == 0
+    before = place.run("a").result.read_bytes()
+    assert place.train("a", **TWO) == 2 and "holds a trained model" in capsys.readouterr().err
+    assert place.run("a").result.read_bytes() == before
 
 
 def test_each_process_needs_a_gpu_of_its_own():

@@ -31,13 +31,18 @@ def _locked(folder: Path, shown: str) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _make_way(run: Run, config: TrainConfig) -> None:
-    """Move a finished run out of the way if the config says so. Raises ConfigError if it does not."""
-    if not run.checkpoint.exists():
-        return
-    if not config.overwrite:
+def require_unused(run: Run, config: TrainConfig) -> None:
+    """Raise ConfigError for a finished run that the config says neither to resume nor to replace."""
+    if run.checkpoint.exists() and config.init_from != "resume" and not config.overwrite:
         instead = "resume it (init_from resume), choose another output_dir, or set overwrite"
         raise ConfigError(f"{run.relative} holds a trained model; {instead}")
+
+
+def _make_way(run: Run, config: TrainConfig) -> None:
+    """Move a finished run out of the way if the config says so. Raises ConfigError if it does not."""
+    require_unused(run, config)
+    if not run.checkpoint.exists():
+        return
     require_elsewhere(config, run)
     with _locked(run.folder, run.relative):
         move_to_trash(run.folder)
