@@ -129,6 +129,17 @@ def test_kill_ends_a_deaf_trainer_and_the_children_it_forked(run):
     assert ended(trainers, identity) == -signal.SIGKILL and session(identity) == []
 
 
+def test_a_child_that_leads_a_session_of_its_own_is_of_the_job_too(run):
+    trainers = backend(run, DEAF.replace("== 0:", "== 0: os.setsid();"))
+    identity = trainers.start(run, resume=False, downloads=False)
+    wait_until(lambda: "child" in run.log.read_text() and "up" in run.log.read_text())
+    members = session(identity)
+    assert len(members) == 2 and len({os.getsid(member.pid) for member in members}) == 2
+    trainers.kill(identity)
+    assert ended(trainers, identity) == -signal.SIGKILL
+    wait_until(lambda: not any(is_alive(member) for member in members))
+
+
 def test_a_trainer_of_another_server_is_recognised_and_waited_for(run):
     first = backend(run, "signal.pause()")
     identity = first.start(run, resume=False, downloads=False)
