@@ -16,15 +16,15 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from learning import lora, sharing
+from learning.batches import Batches
 from learning.launcher import launch
 from learning.machine import Machine
 from learning.optimizers import optimizers
@@ -37,8 +37,8 @@ from storage.registry import pretrained_names
 from storage.runs import Run, Workspace
 from training.best import BestLoss
 from training.command_line import parse
-from training.config import ConfigError, TrainConfig, resolve
-from training.examples import Part, learned, order_of, weight
+from training.config import TrainConfig, resolve
+from training.examples import Part, order_of
 from training.log import patient_output
 from training.outcome import Diverged, Outcome
 from training.probe import probe
@@ -51,7 +51,6 @@ from training.schedule import learning_rate
 from training.starting_point import window_of
 from training.stop_signal import StopSignal
 from training.trackers import trackers
-from training.windows import gather
 
 SAMPLE_TEMPERATURE, SAMPLE_TOP_K = 0.8, 40
 
@@ -73,38 +72,18 @@ class Trainer:
         self.roll_backs.forget_losses()
         self.optimizers = optimizers(self.config, self.model)
         self.scaler = torch.amp.GradScaler(self.machine.device.type, enabled=self.machine.dtype == "fp16")
-        self.order = order_of(self.splits.train, self.splits.train_mask, self.window, self.config.seed)
+        self.batches = self.batches_of((self.splits.train, self.splits.train_mask), self.config.seed)
         self.iter_num, self.evaluated, self.seconds = 0, -1, 0.0
         self.best = BestLoss()
+
+    def batches_of(self, part: Part, seed: int) -> Batches:
+        """Return the batches of a split in the order of a seed, from the first one on."""
+        vocab_size, device = self.model.config.vocab_size, self.machine.device
+        return Batches(part, order_of(*part, self.window, seed), self.config, vocab_size, self.team, device)
 
     def interrupted(self) -> bool:
         """Say whether to drop work that can be done again; several processes only stop together, after an iteration."""
         return self.stop.requested and self.team.world == 1
-
-    def batch(self, part: Part, starts: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Return inputs and targets (B, T) of the windows at `starts`; they travel in two bytes a token.
-
-        The target of what is only read is -1, which the loss leaves out.
-        """
-        tokens, mask = part
-        rows = gather(tokens, starts, self.window)
-        if rows.max() >= self.model.config.vocab_size:
-            raise ConfigError(f"the data has token {rows.max()}, beyond a vocabulary of {self.model.config.vocab_size}")
-        windows = torch.from_numpy(rows).to(self.machine.device).long()
-        targets = windows[:, 1:].contiguous()
-        if mask is not None:
-            read = torch.from_numpy(~learned(mask, starts, self.window)).to(self.machine.device)
-            targets = targets.masked_fill(read, -1)  # a copy: of one row, targets are a view of the inputs' memory
-        return windows[:, :-1], targets
-
-    def divisors(self, steps: Sequence[np.ndarray]) -> list[float]:
-        """Return by what to divide the mean loss of each step, so that they and all processes make one mean."""
-        mask, world = self.splits.train_mask, self.team.world
-        if mask is None:
-            return [len(steps)] * len(steps)
-        counts = [weight(mask, starts, self.window) for starts in steps]
-        total = self.team.sum(sum(counts))
-        return [total / (count * world) for count in counts]
 
     def update(self) -> dict[str, float]:
         """Make one iteration; return the loss before it, its learning rate and the gradient's norm.
@@ -112,19 +91,15 @@ class Trainer:
         If it is interrupted between two steps, it has not happened, and {} is returned. Dropout's generator is
         seeded anew by the iteration's number, so that there is none whose state a checkpoint has to hold.
         """
-        began, before, world, rank = time.perf_counter(), self.order.state(), self.team.world, self.team.rank
-        accumulation = self.config.gradient_accumulation_steps
+        began, before, world, rank = time.perf_counter(), self.batches.state(), self.team.world, self.team.rank
         torch.manual_seed(int(np.random.SeedSequence((self.config.seed, self.iter_num, rank)).generate_state(1)[0]))
-        share = np.array_split(self.order.next(accumulation * self.config.batch_size), world)[rank]
-        steps = np.array_split(share, accumulation // world if accumulation % world == 0 else accumulation)
-        total, part = torch.zeros((), device=self.machine.device), (self.splits.train, self.splits.train_mask)
-        divisors = self.divisors(steps)
-        for i, starts in enumerate(steps):
+        total = torch.zeros((), device=self.machine.device)
+        for i, step in enumerate(self.batches.next()):
             if i > 0 and self.interrupted():
-                self.order.restore(before)
+                self.batches.restore(before)
                 return {}
-            with sharing.exchange(self.forward, last=i == len(steps) - 1), self.machine.autocast():
-                loss = self.forward(*self.batch(part, starts))[1] / divisors[i]
+            with sharing.exchange(self.forward, last=step.last), self.machine.autocast():
+                loss = self.forward(step.inputs, step.targets)[1] / step.divisor
             self.scaler.scale(loss).backward()
             total += loss.detach()
         loss = self.team.sum(total.item()) / world
@@ -153,15 +128,15 @@ class Trainer:
     @torch.no_grad()
     def loss_on(self, part: Part) -> float:
         """Return the mean loss on a split: the same windows each time, and no generator of the training is used."""
-        order, size = order_of(*part, self.window, self.config.seed + 1), self.config.batch_size
-        starts = order.next(min(self.config.eval_iters * size, len(order.order)))
+        batches, size = self.batches_of(part, self.config.seed + 1), self.config.batch_size
+        starts = batches.order.next(min(self.config.eval_iters * size, len(batches.order.order)))
         shares, total, weights = np.array_split(starts, self.team.world), 0.0, 0
         self.model.eval()
         for i in range(0, 0 if self.interrupted() else len(shares[0]), size):  # the first share is the longest
             mine = shares[self.team.rank][i : i + size]
             with self.machine.autocast():  # who has nothing left still takes part where the model is split
-                loss = self.model(*self.batch(part, mine if len(mine) else starts[:1]))[1]
-            if count := weight(part[1], mine, self.window):
+                loss = self.model(*batches.batch(mine if len(mine) else starts[:1]))[1]
+            if count := batches.weight(mine):
                 total, weights = total + loss.item() * count, weights + count
         self.model.train()
         return self.team.sum(total) / max(self.team.sum(weights), 1)  # 0 only if it was interrupted
@@ -208,7 +183,7 @@ class Trainer:
         about = {"model_args": shape.model_args(), "activation": shape.activation, "tied": shape.tied}
         reached = {"iter_num": self.iter_num, "evaluated": self.evaluated, **self.best.state()}
         reached["roll_backs"] = self.roll_backs.state()
-        position = {"data_state": self.order.state(), "scaler": self.scaler.state_dict(), "seconds": self.seconds}
+        position = {"data_state": self.batches.state(), "scaler": self.scaler.state_dict(), "seconds": self.seconds}
         return weights | about | reached | position | {"config": self.config.given(), "made_by": self.made_by()}
 
     def made_by(self) -> dict[str, Any]:
@@ -226,7 +201,7 @@ class Trainer:
         self.roll_backs.restore(state.get("roll_backs", {}))
         self.seconds = state["seconds"]
         warn_of_differences(state["made_by"], self.made_by())
-        self.order.restore(state["data_state"])
+        self.batches.restore(state["data_state"])
         self.scaler.load_state_dict(state["scaler"])
 
 

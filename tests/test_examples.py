@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import train
+from learning.batches import Batches
 from learning.vocabulary import rows_for, with_rows
 from storage import checkpoints, registry
 from storage.chat_format import end_of_turn, is_chat, parse_messages, render, with_chat_tokens
@@ -116,16 +117,16 @@ def test_an_order_of_examples_goes_on_exactly_where_it_stopped():
 
 def test_the_loss_ignores_what_the_user_says(workspace, monkeypatch):
     seen = []
-    batch = train.Trainer.batch
+    batch = Batches.batch
 
-    def watched(self, part, starts):
-        inputs, targets = batch(self, part, starts)
-        rows = gather(part[0], starts, self.window)[:, 1:].astype(np.int64)
-        expected = np.where(learned(part[1], starts, self.window), rows, -1)
+    def watched(self, starts):
+        inputs, targets = batch(self, starts)
+        rows = gather(self.part[0], starts, self.window)[:, 1:].astype(np.int64)
+        expected = np.where(learned(self.part[1], starts, self.window), rows, -1)
         seen.append((targets.numpy() == expected).all() and 0 < (targets >= 0).sum() < targets.numel() / 2)
         return inputs, targets
 
-    monkeypatch.setattr(train.Trainer, "batch", watched)
+    monkeypatch.setattr(Batches, "batch", watched)
     run(workspace, "a")
     assert len(seen) > 12 and all(seen)
 
