@@ -61,6 +61,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, machine: Machine, team: Team, model: GPT, splits: Splits, stop: StopSignal):
         self.config, self.machine, self.team, self.splits, self.stop = config, machine, team, splits, stop
         self.window = window_of(config, model.config.block_size)
+        lora.hold_fixed(model, machine.product_dtype)
         self.model, self.forward = model, sharing.shared(config, model, machine.device, team.world)
         self.saved: int | None = None  # the iteration of the newest checkpoint
         self.roll_backs = RollBacks(model.config.vocab_size)

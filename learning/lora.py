@@ -1,8 +1,9 @@
 """LoRA: fine-tuning by low-rank additions to the matrices of attention and MLP (arXiv 2106.09685); the weights stay.
 
-Only the additions get gradients and moments, which is where the memory of training goes. In the checkpoint "model"
-holds nanoGPT's keys with the additions merged in, so that whatever reads it need not know of them; "lora" holds what
-the merged weights were made of, so that a resumed run goes on to the last bit.
+Only the additions get gradients and moments, which is where the memory of training goes; the fixed matrices are held
+in the precision in which they compute. In the checkpoint "model" holds nanoGPT's keys with the additions merged in,
+so that whatever reads it need not know of them; "lora" holds what the merged weights were made of, so that a resumed
+run goes on to the last bit.
 """
 
 import math
@@ -29,11 +30,11 @@ class AdaptedLinear(nn.Linear):
         self.scale = alpha / rank
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + self.scale * F.linear(F.linear(x, self.down), self.up)
+        return super().forward(x) + F.linear(self.scale * F.linear(x, self.down), self.up)
 
     def merged(self) -> Tensor:
         """Return the weight (out, in) of a plain layer that does the same."""
-        return torch.addmm(self.weight.detach(), self.up.detach(), self.down.detach(), alpha=self.scale)
+        return torch.addmm(self.weight.detach().float(), self.up.detach(), self.down.detach(), alpha=self.scale)
 
 
 def adapt(model: GPT, rank: int, alpha: float) -> None:
@@ -49,6 +50,13 @@ def adapt(model: GPT, rank: int, alpha: float) -> None:
             parent, _, child = name.partition(".")
             linear = getattr(getattr(block, parent), child)
             setattr(getattr(block, parent), child, AdaptedLinear(linear, rank, alpha))
+
+
+def hold_fixed(model: GPT, dtype: torch.dtype) -> None:
+    """Hold the fixed matrices in the type that autocast would round them to anew for each product."""
+    for module in model.modules():
+        if isinstance(module, AdaptedLinear):
+            module.weight.data = module.weight.data.to(dtype)
 
 
 def saved(model: GPT) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from training.config import TrainConfig
 from training.hardware import Peak, choose_device, choose_dtype, process_memory, sheet_peak
 from training.rank import Rank
 
-DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PEAK_SECONDS, PEAK_SIDE, PEAK_SIDE_CPU = 0.1, 4096, 1024  # of measuring; sides of the matrices
 
 
@@ -46,7 +46,12 @@ class Machine:
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context of a forward pass."""
-        return torch.autocast(self.device.type, DTYPES[self.dtype], enabled=self.dtype != "fp32")
+        return torch.autocast(self.device.type, self.product_dtype, enabled=self.dtype != "fp32")
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """Return the type in which matrices are multiplied."""
+        return DTYPES[self.dtype]
 
     def memory_bytes(self) -> int:
         """Return the most memory held so far: the device's on a GPU, the process's elsewhere."""

@@ -27,6 +27,13 @@ from training.resumption import require_resumable
 from training.starting_point import check_fit, reference, require_memory, shorter_context
 
 
+def give(model: GPT, weights: dict[str, torch.Tensor]) -> None:
+    """Make these tensors the weights of a model that has none yet, in fp32; new adapters stay as they are."""
+    model.load_state_dict(model.state_dict() | {name: w.float() for name, w in weights.items()}, assign=True)
+    if model.config.tied:
+        model.lm_head.weight = model.get_parameter("transformer.wte.weight")
+
+
 def start(config: TrainConfig, workspace: Workspace, run: Run, first: bool) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     """Return model and tokenizer, and the saved state if this resumes a run, else {}.
 
@@ -41,7 +48,7 @@ def start(config: TrainConfig, workspace: Workspace, run: Run, first: bool) -> t
         state = checkpoints.load_training_state(path)
         require_resumable(state, path.name, config)
         shape = GPTConfig(**state["model_args"], activation=state["activation"], tied=state["tied"])
-        weights = lora.take_weights(state)
+        weights = {name: w.clone() for name, w in lora.take_weights(state).items()}  # they lie in a file until then
     elif config.init_from == "scratch":
         if first:
             tokenizer_for(config.tokenizer, data, workspace, PreparationLine()).save(run.tokenizer)
@@ -64,11 +71,12 @@ def start(config: TrainConfig, workspace: Workspace, run: Run, first: bool) -> t
             shape = replace(shape, vocab_size=max(shape.vocab_size, n_vocab))
         weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: shape.block_size]
     torch.manual_seed(config.seed)
-    model = GPT(shape)
+    with torch.device("cpu" if weights is None else "meta"):
+        model = GPT(shape)
     if config.lora_rank is not None and config.lora_alpha is not None:
         lora.adapt(model, config.lora_rank, config.lora_alpha)
     if weights is not None:
-        model.load_state_dict(model.state_dict() | weights)  # new adapters stay as they are
+        give(model, weights)
     return model, tokenizer.load(run.tokenizer), state
 
 

@@ -55,6 +55,27 @@ def test_the_merged_weights_are_a_plain_model_that_does_the_same():
     torch.testing.assert_close(plain(tokens())[0], model(tokens())[0], atol=1e-5, rtol=1e-4)
 
 
+def test_fixed_matrices_are_held_in_the_type_of_the_products_and_change_no_bit_of_them():
+    model, held = moved(adapted()), moved(adapted())
+    lora.hold_fixed(held, torch.bfloat16)
+    assert {p.dtype for p in held.parameters() if not p.requires_grad and p.dim() == 2} >= {torch.bfloat16}
+    assert all(p.dtype == torch.float32 for p in held.parameters() if p.requires_grad)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(held(tokens())[0], model(tokens())[0])
+
+
+def test_weights_held_in_half_the_bytes_are_saved_in_them_and_merged_in_full():
+    held = moved(adapted())
+    lora.hold_fixed(held, torch.bfloat16)
+    state = lora.saved(held)
+    assert {w.dtype for w in state["model"].values()} == {torch.float32}
+    assert {w.dtype for name, w in state["lora"].items() if name.endswith("weight")} == {torch.bfloat16}
+    again = adapted()
+    again.load_state_dict(lora.take_weights(state))
+    lora.hold_fixed(again, torch.bfloat16)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), held.parameters(), strict=True))
+
+
 def test_what_is_saved_gives_the_adapted_model_back_bit_for_bit():
     model, again = moved(adapted()), adapted()
     again.load_state_dict(lora.take_weights(lora.saved(model)))
@@ -67,10 +88,10 @@ def test_a_model_without_adapters_is_saved_as_it_is():
     assert list(state) == ["model"] and state["model"].keys() == model.state_dict().keys()
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_stopped_and_resumed_tuning_is_bitwise_the_uninterrupted_one(place, monkeypatch, optimizer):  # noqa: F811
+@pytest.mark.parametrize(("optimizer", "dtype"), [("adamw", "fp32"), ("muon", "fp32"), ("adamw", "bf16")])
+def test_a_stopped_and_resumed_tuning_is_bitwise_the_uninterrupted_one(place, monkeypatch, optimizer, dtype):  # noqa: F811
     place.train("base")
-    fields = TUNING | {"optimizer": optimizer}
+    fields = TUNING | {"optimizer": optimizer, "dtype": dtype}
     assert place.train("straight", **fields) == 0
     with monkeypatch.context() as patch:
         stop_at(patch, 8)
