@@ -1,9 +1,10 @@
 """Time to loss: how long our `nano` preset takes to the validation loss at which nanoGPT's CPU recipe ends.
 
     .venv/bin/python data/shakespeare_char/prepare.py
-    .venv/bin/python -m bench.bench_time_to_loss [--rounds 2] [--png out/time_to_loss.png] [--max_iters 300 …]
+    .venv/bin/python -m bench.bench_time_to_loss [--rounds 1] [--seeds 1337,1,2] [--png FILE] [--max_iters 300 …]
 
-Tiny Shakespeare, character by character. Both train in processes of their own and take turns within each round.
+Tiny Shakespeare, character by character. Both train in processes of their own; a round is the recipe, with the seed
+that it has, and then ours with each seed.
 Their clocks run from the start of the process, so that imports, evaluations, samples and checkpoints count for both:
 seconds on the wall, and of CPU, which still compare on a machine that others use if each has one thread.
 A watcher keeps each checkpoint that appears, with the time; afterwards all are evaluated in the same way: in fp32,
@@ -99,18 +100,21 @@ def curve(command: Sequence[str], checkpoint: Path, kept: Path, val: np.ndarray,
     return points
 
 
-def one_round(data: Path, given: Sequence[str], threads: int) -> tuple[list[Point], list[Point]]:
-    """Run the recipe and then ours, in a workspace that is thrown away; return their curves."""
+def one_round(data: Path, given: Sequence[str], seeds: Sequence[str], threads: int) -> list[list[Point]]:
+    """Run the recipe and then ours, in a workspace that is thrown away; return their curves, the recipe's first."""
     val = np.fromfile(data / "val.bin", dtype=np.uint16)
     with tempfile.TemporaryDirectory(dir=ROOT / "out") as folder:
         home = Path(folder)
         shutil.copytree(data, home / "data" / "text")
         (home / "recipe").mkdir()
         recipe = [sys.executable, "-m", "bench.nanogpt_recipe", str(data.resolve()), str(home / "recipe")]
-        theirs = curve(recipe, home / "recipe" / "ckpt.pt", home / "recipe_kept", val, threads)
-        run = ["--root", folder, "--dataset", "text", "--output_dir", "out/ours", "--model_type", "nano"]
-        command = [sys.executable, "train.py", *run, *given]
-        return theirs, curve(command, home / "out" / "ours" / "ckpt.pt", home / "ours_kept", val, threads)
+        found = [curve(recipe, home / "recipe" / "ckpt.pt", home / "recipe_kept", val, threads)]
+        for seed in seeds:
+            name = f"ours_{seed}"
+            run = ["--root", folder, "--dataset", "text", "--output_dir", f"out/{name}", "--seed", seed]
+            command = [sys.executable, "train.py", *run, "--model_type", "nano", *given]
+            found.append(curve(command, home / "out" / name / "ckpt.pt", home / name, val, threads))
+        return found
 
 
 def reached(points: Sequence[Point], level: float) -> Point | None:
@@ -136,7 +140,7 @@ def draw(curves: dict[str, list[list[Point]]], level: float, path: Path) -> None
 
 
 def table(name: str, rounds: Sequence[Sequence[Point]]) -> str:
-    """Return a Markdown table of the curves: rounds beside each other."""
+    """Return a Markdown table of the curves: rounds and seeds beside each other."""
     lines = [f"**{name}**", "", "| iteration | seconds | CPU seconds | validation loss |", "|---|---|---|---|"]
     for points in zip(*rounds, strict=False):
         cells = (", ".join(f"{getattr(p, what):.{digits}f}" for p in points) for what, digits in COLUMNS)
@@ -150,16 +154,16 @@ def verdict(theirs: Sequence[Sequence[Point]], ours: Sequence[Sequence[Point]]) 
     for i, (a, b) in enumerate(zip(theirs, ours, strict=True)):
         there = reached(b, a[-1].loss)
         if there is None:
-            return f"round {i}: ours never reached {a[-1].loss:.4f}; it ended at {b[-1].loss:.4f}\n"
+            return f"run {i}: ours never reached {a[-1].loss:.4f}; it ended at {b[-1].loss:.4f}\n"
         times.samples.append(a[-1].seconds / there.seconds)
         cpu.samples.append(a[-1].cpu_seconds / there.cpu_seconds)
         lines.append(
-            f"round {i}: the recipe is at {a[-1].loss:.4f} after {a[-1].seconds:.1f} s; "
+            f"run {i}: the recipe is at {a[-1].loss:.4f} after {a[-1].seconds:.1f} s; "
             f"ours at {there.loss:.4f} after {there.seconds:.1f} s, in {there.iteration} iterations"
         )
         same = {p.iteration: p.loss for p in a}
         pairs = [f"{p.loss:.3f} and {same[p.iteration]:.3f} at {p.iteration}" for p in b if p.iteration in same]
-        lines.append(f"round {i}: ours and theirs at equal iterations: {', '.join(pairs) or 'none'}")
+        lines.append(f"run {i}: ours and theirs at equal iterations: {', '.join(pairs) or 'none'}")
     result = "holds" if times.median >= AIM else "does not hold"
     return (
         "\n".join([*lines, f"ours is {times.text(2)} times as fast, in CPU time {cpu.text(2)}; aim {AIM:g}: {result}"])
@@ -170,20 +174,19 @@ def verdict(theirs: Sequence[Sequence[Point]], ours: Sequence[Sequence[Point]]) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "shakespeare_char")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--seeds", default="1337,1,2", help="of ours, separated by commas")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each process")
     parser.add_argument("--png", type=Path, default=ROOT / "out" / "time_to_loss.png")
     args, given = parser.parse_known_args()
     (ROOT / "out").mkdir(exist_ok=True)
     print(f"{machine()}, {args.threads} threads\n")
-    theirs, ours, noise = [], [], Noise()
-    for _ in range(args.rounds):
-        a, b = one_round(args.data, given, args.threads)
-        theirs.append(a)
-        ours.append(b)
+    seeds, noise = args.seeds.split(","), Noise()
+    found = [one_round(args.data, given, seeds, args.threads) for _ in range(args.rounds)]
+    theirs, ours = [curves[0] for curves in found], [curve for curves in found for curve in curves[1:]]
     print(table("nanoGPT's recipe", theirs))
-    print(table("ours", ours))
-    print(verdict(theirs, ours))
+    print(table(f"ours, seeds {args.seeds}", ours))
+    print(verdict([curves[0] for curves in found for _ in seeds], ours))
     print(f"({args.rounds} rounds; others used {noise.cores():.2f} cores meanwhile)")
     draw({"nanoGPT's recipe": theirs, "ours": ours}, theirs[0][-1].loss, args.png)
 

@@ -67,7 +67,7 @@ class Machine:
         if known is not None:
             return known
         n = PEAK_SIDE_CPU if self.device.type == "cpu" else PEAK_SIDE
-        matrix = torch.full((n, n), 1 / n, device=self.device, dtype=DTYPES[self.dtype] or torch.float32)
+        matrix = torch.full((n, n), 1 / n, device=self.device, dtype=self.product_dtype)
         best, runs, begun = math.inf, 0, time.perf_counter()
         while runs < 2 or time.perf_counter() - begun < PEAK_SECONDS:
             before = time.perf_counter()

@@ -39,7 +39,12 @@ def test_a_dataset_without_text_yet_is_taken_for_a_large_one(workspace):
 
 def test_auto_from_scratch_is_the_preset(workspace):
     config, used = planned(workspace)
-    assert (config.max_iters, config.learning_rate, config.window) == (2000, PRESETS["nano"]["learning_rate"], None)
+    preset = PRESETS["nano"]
+    assert (config.max_iters, config.learning_rate, config.window) == (
+        preset["max_iters"],
+        preset["learning_rate"],
+        None,
+    )
     assert used["batch_size"] == 32 and used["learning_rate_multiplier"] == 1
 
 

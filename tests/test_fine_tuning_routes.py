@@ -102,7 +102,7 @@ def test_a_second_job_waits(server, file_id):
         ({"learning_rate": 0.002}, "learning_rate", 0.002),
         ({"max_iters": 7, "hyperparameters": {"n_epochs": 3}}, "max_iters", 7),
         ({"n_layer": 2}, "n_layer", 2),
-        ({}, "max_iters", 2000),
+        ({}, "max_iters", PRESETS["nano"]["max_iters"]),
         ({"seed": 0}, "seed", 0),
     ],
 )
@@ -317,7 +317,8 @@ def test_events_come_newest_first_in_strict_json(server, file_id):
     found = reply.json["data"]
     assert [event["type"] for event in found] == ["message", "metrics", "metrics", "metrics", "message"]
     assert "succeeded" in found[0]["message"] and "created" in found[-1]["message"]
-    assert found[2]["data"] == {"step": 8, "total_steps": 2000, "train_loss": 2.4, "valid_loss": 2.6}
+    total = PRESETS["nano"]["max_iters"]
+    assert found[2]["data"] == {"step": 8, "total_steps": total, "train_loss": 2.4, "valid_loss": 2.6}
     keys = {"id", "object", "created_at", "level", "message", "type", "data"}
     assert all(set(event) == keys and event["object"] == "fine_tuning.job.event" for event in found)
 

@@ -321,11 +321,12 @@ def test_matrices_decay_and_biases_and_norms_do_not():
     assert sum(p.numel() for group in (decayed, kept) for p in group["params"]) == model.num_params()
 
 
-def test_residual_projections_start_smaller():
-    model = GPT(GPTConfig(n_layer=8, n_head=2, n_embd=64, block_size=8, vocab_size=99))
+@pytest.mark.parametrize(("width", "inner"), [(768, 0.02), (48, 0.08)])
+def test_residual_projections_start_smaller_and_what_reads_a_narrow_stream_larger(width, inner):
+    model = GPT(GPTConfig(n_layer=8, n_head=2, n_embd=width, block_size=8, vocab_size=99))
     for name, p in model.named_parameters():
         if p.dim() == 2:
-            expected = 0.02 / 4 if name.endswith("c_proj.weight") else 0.02
+            expected = 0.02 / 4 if name.endswith("c_proj.weight") else inner if ".h." in name else 0.02
             assert abs(p.std().item() - expected) < 0.1 * expected, name
 
 

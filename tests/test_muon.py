@@ -26,7 +26,8 @@ def steps(optimizer, params, count=3):
 def test_a_step_is_that_of_torchs_muon():
     mine, theirs = weights(SIZES), weights(SIZES)
     steps(Muon(mine, lr=0.02, weight_decay=0.1), mine)
-    steps(torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"), theirs)
+    same = {"momentum": 0.9, "ns_steps": 4, "adjust_lr_fn": "match_rms_adamw"}
+    steps(torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, **same), theirs)
     for a, b, start in zip(mine, theirs, weights(SIZES), strict=True):
         moved = (b - start).norm()
         assert (a - b).norm() < 0.02 * moved  # bf16 rounds differently in another order

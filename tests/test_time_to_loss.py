@@ -64,6 +64,4 @@ def test_the_verdict_divides_times_to_the_same_loss():
 
 
 def test_a_loss_that_is_never_reached_is_said():
-    assert (
-        verdict([THEIRS], [[Point(100, 5.0, 5.0, 2.0)]]) == "round 0: ours never reached 1.9000; it ended at 2.0000\n"
-    )
+    assert verdict([THEIRS], [[Point(100, 5.0, 5.0, 2.0)]]) == "run 0: ours never reached 1.9000; it ended at 2.0000\n"

@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TEXT = "".join(f"{a} and {b} make {a + b}, or {a * b} if you multiply.\n" for a in range(30) for b in range(30))
 TINY = {"dataset": "sums", "tokenizer": "char", "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16}
 TINY |= {"batch_size": 4, "eval_interval": 6, "eval_iters": 2, "log_interval": 1, "max_iters": 12, "sample_tokens": 4}
-TINY |= {"dtype": "fp32", "device": "cpu", "optimizer": "adamw"}
+TINY |= {"dtype": "fp32", "device": "cpu", "optimizer": "adamw", "learning_rate": 0.01}
 
 
 class Place:
@@ -141,8 +141,8 @@ def test_evaluation_and_samples_change_nothing_in_the_training(place):
 
 
 def test_accumulated_steps_make_the_same_batch(place):
-    place.train("whole", batch_size=8)
-    place.train("parts", batch_size=2, gradient_accumulation_steps=4)
+    place.train("whole", batch_size=8, learning_rate=1e-3)
+    place.train("parts", batch_size=2, gradient_accumulation_steps=4, learning_rate=1e-3)
     whole, parts = (place.state(name)["model"] for name in ("whole", "parts"))
     assert all(torch.allclose(whole[k], parts[k], atol=1e-5) for k in whole)
 
