@@ -28,6 +28,7 @@ from model import GPT, GPTConfig
 from storage.token_files import Splits
 from train import Trainer
 from training.config import TrainConfig, resolve
+from training.rank import Rank
 from training.stop_signal import StopSignal
 
 
@@ -66,7 +67,8 @@ def ours(job: str, threads: int, **given: Any) -> Callable[[], float]:
     data = tokens(SHAPES[job]["vocab_size"])
     tokenizer: Any = RandomTokenizer(SHAPES[job]["vocab_size"])
     splits = Splits(train=data, val=data, bytes_per_token=1.0, tokenizer=tokenizer, name="random")
-    trainer = Trainer(config, Machine.of(config), Team(), GPT(GPTConfig(**SHAPES[job])).train(), splits, StopSignal())
+    model, team = GPT(GPTConfig(**SHAPES[job])).train(), Team(Rank())
+    trainer = Trainer(config, Machine.of(config), team, model, splits, StopSignal())
     return partial(speed, trainer.update, batch * window, STEPS[job])
 
 
