@@ -243,9 +243,10 @@ def stop(client: ApiClient, name: str) -> None:
 @command(jobs, "resume")
 @name_argument
 @click.option("--max_iters", type=int, help="Go on to this iteration; else to the one it was started for.")
-def resume(client: ApiClient, name: str, max_iters: int | None) -> None:
-    """Go on with a job that has ended, from its last checkpoint."""
-    print_standing(client.resume(name, given({"max_iters": max_iters})))
+@click.option("--iter_num", type=int, help="Go back to the checkpoint that keep_every kept of this iteration.")
+def resume(client: ApiClient, name: str, **how: int | None) -> None:
+    """Go on with a job that has ended, from its last checkpoint or one that was kept."""
+    print_standing(client.resume(name, given(how)))
     advise(client, follow=f"jobs follow {name}")
 
 

@@ -214,7 +214,7 @@ def save(trainer: Trainer, run: Run, report: Report, best: bool) -> None:
     state = trainer.state()
 
     def write() -> None:
-        checkpoints.save_checkpoint(run.checkpoint, state)
+        checkpoints.save_checkpoint(run.checkpoint, state, kept=trainer.config.keeps(trainer.iter_num))
         if best:
             checkpoints.save_checkpoint(run.best, {**state, "optimizer": None, "lora": {}})
 

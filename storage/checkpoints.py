@@ -19,8 +19,9 @@ from torch import Tensor
 
 from model import GPT
 from storage import tokenizer as tokenizers
+from storage.checkpoint_files import damage, keep, keep_previous, sha256_of, write_manifest
 from storage.errors import NotFound, NotLoadable, StorageError
-from storage.files import NAME, open_descriptor, read_json, replace_file, write_json
+from storage.files import NAME, replace_file
 from storage.inspection import Inspection, inspect, inspect_checkpoint, plain
 from storage.pretrained import (
     GPT2_SIZES,
@@ -33,13 +34,10 @@ from storage.pretrained import (
     require_vocabulary,
 )
 from storage.registry import ModelReference
-from storage.runs import CHECKPOINT, PREVIOUS, Run, Workspace, manifest_entries, manifest_path
+from storage.runs import Run, Workspace
 from storage.tokenizer import Tokenizer
-from storage.torch_file import crc_damage
 
-IF_ON_PURPOSE = "if it was replaced on purpose, delete the .json beside it"
 ATTEMPTS = 3  # at loading a file that is replaced meanwhile
-EARLIER = 4  # entries of earlier files that a manifest keeps
 
 Report = Callable[[str], None]
 Found = TypeVar("Found")
@@ -74,11 +72,6 @@ class _HashedFile:
         return self._sha256.hexdigest()
 
 
-def _sha256(path: Path) -> str:
-    with open(open_descriptor(path), "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 def _known(best_val_loss: float | None) -> float | None:
     """Return the best loss, None for nanoGPT's 1e9, which stands for none yet."""
     return None if best_val_loss is None or best_val_loss >= 1e9 else best_val_loss
@@ -95,36 +88,12 @@ def _entry(path: Path, sha256: str, inspection: Inspection) -> dict[str, Any]:
     }
 
 
-def _entries(path: Path) -> list[dict[str, Any]]:
-    """Return what the manifest says of a checkpoint and of earlier ones; [] without a manifest that can be read."""
-    latest = path.with_name(CHECKPOINT) if path.name == PREVIOUS else path
-    try:
-        manifest = read_json(manifest_path(latest))
-    except StorageError:
-        return []
-    return manifest_entries(manifest) if isinstance(manifest, dict) else []
-
-
-def _keep_previous(path: Path) -> None:
-    """Keep the checkpoint in place under its second name; there is never a moment without one."""
-    if path.name != CHECKPOINT or not path.exists():
-        return
-    previous = path.with_name(PREVIOUS)
-    link = path.with_name(f".{PREVIOUS}.{'0' * 16}.tmp")  # swept like any temporary file
-    link.unlink(missing_ok=True)
-    try:
-        link.hardlink_to(path)
-    except OSError:  # a file system without hard links
-        path.replace(previous)
-    else:
-        link.replace(previous)
-
-
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+def save_checkpoint(path: Path, state: dict[str, Any], kept: bool = False) -> None:
     """Replace the checkpoint at `path` by `state`, proven to be loadable, with its manifest; or change nothing.
 
     `state` has model, optimizer, model_args, iter_num, best_val_loss, config, activation, tied and more, as
-    tensors and plain values only. The checkpoint that was there stays as ckpt.prev.pt. The manifest is written
+    tensors and plain values only. The checkpoint that was there stays as ckpt.prev.pt, and if it is to be `kept` the
+    new one has a second name, ckpt-<iter_num>.pt. The manifest is written
     before the file takes its place and keeps the entries of earlier files, so that at every moment the file in
     place matches an entry. Raises NoSpace, OSError, or NotLoadable when `state` is no checkpoint.
     """
@@ -139,50 +108,28 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
     def prove(temporary: Path) -> None:
         inspection = inspect_checkpoint(temporary, path.name)
-        sha256 = _sha256(temporary)
+        sha256 = sha256_of(temporary)
         if sha256 != hashed[0].hexdigest():
             raise OSError(errno.EIO, f"{path.name} reads back differently from what was written")
-        entry, earlier = _entry(temporary, sha256, inspection), _entries(path)[:EARLIER]
         args = {"model_args": state["model_args"], "config": plain(state.get("config"))}
-        short = [{key: value for key, value in old.items() if key in entry} for old in earlier]
-        _keep_previous(path)
-        write_json(manifest_path(path), {**entry, **args, "earlier": short})
+        keep_previous(path)
+        write_manifest(path, _entry(temporary, sha256, inspection) | args)
 
     replace_file(path, write, prove)
+    if kept:
+        keep(path, state["iter_num"])
 
 
 # ---- proving
 
 
-def damage(path: Path) -> str | None:
-    """Return what is wrong with a checkpoint file as a sentence, or None.
-
-    It must match its manifest in size and sha256; without a manifest its records must match their checksums.
-    Reads the whole file. Whether it is a model of ours is for inspect_checkpoint to say.
-    """
-    entries = _entries(path)
-    try:
-        with open(open_descriptor(path), "rb") as f:
-            if not entries:
-                return crc_damage(f, path.name)
-            size = f.seek(0, 2)
-            if size not in [entry["size"] for entry in entries]:
-                return f"{path.name} has {size} bytes, and {entries[0]['size']} were written; {IF_ON_PURPOSE}"
-            f.seek(0)
-            sha256 = hashlib.file_digest(f, "sha256").hexdigest()
-    except StorageError as e:
-        return str(e)
-    matches = any(entry.get("sha256") == sha256 for entry in entries)
-    return None if matches else f"{path.name} is damaged: its sha256 differs from what was written; {IF_ON_PURPOSE}"
-
-
 def newest_valid(run: Run, report: Report = _ignore) -> Path:
-    """Return the newest checkpoint of the run that is whole: the latest, else the one before, else the best.
+    """Return the newest checkpoint of the run that is whole: the latest, the one before, one that is kept, the best.
 
     `report` gets a sentence for each one passed over. Raises NotFound when none is left.
     """
     problems = []
-    for path in (run.checkpoint, run.previous, run.best):
+    for path in (run.checkpoint, run.previous, *run.kept(), run.best):
         if not path.exists():
             continue
         try:

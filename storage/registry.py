@@ -10,11 +10,12 @@ import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from storage.checkpoint_files import CHECKPOINT
 from storage.errors import BadName, NotFound, NotLoadable
 from storage.files import NAME, look_up, quoted
-from storage.runs import CHECKPOINT, Workspace
+from storage.runs import Workspace
 
 PRETRAINED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
 BUNDLED = "tiny-shakespeare"
@@ -145,14 +146,3 @@ def pretrained_names(workspace: Workspace) -> list[str]:
     """Return every name that `model_type` may have: the five, the bundled one, registered ones, and local folders."""
     names = [*PRETRAINED, BUNDLED, *(name for name, _ in workspace.registered)]
     return list(dict.fromkeys([*names, *_folders(workspace.models), *_folders(workspace.pretrained_dir)]))
-
-
-def trained_models(workspace: Workspace) -> list[dict[str, Any]]:
-    """Return the description of every run that has weights, sorted by name; see Run.describe."""
-    described = []
-    for run in workspace.runs():
-        try:
-            described.append(run.describe())
-        except NotFound:
-            continue
-    return described

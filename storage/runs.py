@@ -5,20 +5,28 @@ reads two small JSON files and opens no weights. Who writes what: status.json is
 else in the folder is the trainer's. No torch here, and no knowledge of what is inside a checkpoint.
 """
 
+import contextlib
 import os
-import stat
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from storage.errors import BadName, NotFound, StorageError
-from storage.files import NAME, NAME_RULE, check_name, quoted, read_json
+from storage.checkpoint_files import (
+    BEST,
+    CHECKPOINT,
+    PREVIOUS,
+    kept_name,
+    kept_steps,
+    listed,
+    manifest_path,
+    read_object,
+    regular_file,
+)
+from storage.errors import BadName, NotFound
+from storage.files import NAME, NAME_RULE, check_name, quoted
 
 if TYPE_CHECKING:
     from storage.registry import ModelReference
-
-CHECKPOINT, BEST, PREVIOUS = "ckpt.pt", "best.pt", "ckpt.prev.pt"
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,10 @@ class Run:
     def best(self) -> Path:
         """Return the path of the checkpoint with the best validation loss."""
         return self.folder / BEST
+
+    def kept(self) -> list[Path]:
+        """Return the paths of the checkpoints that are kept (`keep_every`), the latest first."""
+        return [self.folder / kept_name(step) for step in kept_steps(str(self.folder))]
 
     @property
     def config(self) -> Path:
@@ -92,75 +104,53 @@ class Run:
         return self.folder.is_dir() and not self.folder.is_symlink()
 
     def describe(self) -> dict[str, Any]:
-        """Return what GET /api/models says of this run; opens no weights.
-
-        `damaged` is a sentence when a file of the run cannot be right, else None. Raises NotFound without weights.
-        """
-        folder = str(self.folder)  # thousands of runs are described at once, and Path is slow
-        name, found = self._weights(folder)
-        exported = name.startswith("model.safetensors")
-        config, damage = _read_object(f"{folder}/{'config.json' if exported else 'train_config.json'}")
-        manifest, manifest_damage = _read_object(f"{folder}/{name}.json")
-        entry, size_damage = _entry_of(manifest, name, found.st_size)
-        return {
-            "name": self.name,
-            "path": f"out/{self.name}/{name}",
-            "config": config or entry.get("config") or entry.get("model_args") or {},
-            "iter_num": entry.get("iter_num"),
-            "best_val_loss": entry.get("best_val_loss"),
-            "size_bytes": found.st_size,
-            "modified": found.st_mtime,
-            "damaged": damage or manifest_damage or size_damage,
-        }
-
-    def _weights(self, folder: str) -> tuple[str, os.stat_result]:
-        for name in (CHECKPOINT, BEST, PREVIOUS, "model.safetensors", "model.safetensors.index.json"):
-            try:
-                found = os.lstat(f"{folder}/{name}")
-            except OSError:
-                continue
-            if stat.S_ISREG(found.st_mode):
-                return name, found
-        raise NotFound(f"{self.relative} has no checkpoint")
+        """Return what GET /api/models says of this run, see describe_run."""
+        return describe_run(self.name, str(self.folder))
 
 
-def manifest_path(path: Path) -> Path:
-    """Return where the manifest of a checkpoint lies: ckpt.pt.json beside ckpt.pt."""
-    return path.with_name(path.name + ".json")
+def describe_run(name: str, folder: str) -> dict[str, Any]:
+    """Return what GET /api/models says of the run `name` in `folder`; opens no weights.
 
-
-def _read_object(path: str) -> tuple[dict[str, Any], str | None]:
-    """Return a JSON object and None, or {} and what is wrong with the file; a missing file is not wrong."""
-    try:
-        value = read_json(path, 2**20)
-    except NotFound:
-        return {}, None
-    except StorageError as e:
-        return {}, str(e)
-    if not isinstance(value, dict):
-        return {}, f"{os.path.basename(path)} holds no JSON object"
-    return value, None
-
-
-def manifest_entries(manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return what a manifest says of the latest file and of earlier ones, the latest first.
-
-    A manifest is written before its file takes its place, so the file in place may still be an earlier one.
+    `damaged` is a sentence when a file of the run cannot be right, else None; `checkpoints` are those there are,
+    each with its own. Raises NotFound without weights.
     """
-    earlier = manifest.get("earlier")
-    entries = [manifest, *(earlier if isinstance(earlier, list) else [])]
-    return [entry for entry in entries if isinstance(entry, dict) and "size" in entry]
+    config, damage = read_object(f"{folder}/train_config.json")
+    found = list(listed(folder, kept=not config or "keep_every" in config))
+    if not found:
+        return _describe_export(name, folder)
+    shown = found[0]
+    return {
+        "name": name,
+        "path": f"out/{name}/{shown.name}",
+        "config": config or shown.manifest.get("config") or shown.manifest.get("model_args") or {},
+        "iter_num": shown.iter_num,
+        "best_val_loss": shown.best_val_loss,
+        "size_bytes": shown.size_bytes,
+        "modified": shown.modified,
+        "damaged": damage or shown.damaged,
+        "checkpoints": [file.describe(f"out/{name}") for file in found],
+    }
 
 
-def _entry_of(manifest: dict[str, Any], name: str, size: int) -> tuple[dict[str, Any], str | None]:
-    """Return the manifest's entry for a file of `size` bytes, and what is wrong if there is none."""
-    entries = manifest_entries(manifest)
-    for entry in entries:
-        if entry["size"] == size:
-            return entry, None
-    if not entries:  # a foreign checkpoint has no manifest
-        return manifest, None
-    return manifest, f"{name} has {size} bytes, and {entries[0]['size']} were written"
+def _describe_export(name: str, folder: str) -> dict[str, Any]:
+    """Return the same of a folder with a model in Hugging Face's format. Raises NotFound."""
+    for file in ("model.safetensors", "model.safetensors.index.json"):
+        if (found := regular_file(folder, file)) is not None:
+            break
+    else:
+        raise NotFound(f"out/{name} has no checkpoint")
+    config, damage = read_object(f"{folder}/config.json")
+    return {
+        "name": name,
+        "path": f"out/{name}/{file}",
+        "config": config,
+        "iter_num": None,
+        "best_val_loss": None,
+        "size_bytes": found.st_size,
+        "modified": found.st_mtime,
+        "damaged": damage,
+        "checkpoints": [],
+    }
 
 
 @dataclass(frozen=True)
@@ -203,15 +193,21 @@ class Workspace:
 
     def runs(self) -> list[Run]:
         """Return all run folders, sorted by name; links and odd names are left out."""
-        return sorted(self._scan(), key=lambda run: run.name)
+        return [Run(name, self.out / name) for name in self._names()]
 
-    def _scan(self) -> Iterator[Run]:
-        out = self.out
+    def trained_models(self) -> list[dict[str, Any]]:
+        """Return the description of every run that has weights, sorted by name; see describe_run."""
+        out, described = str(self.out), []
+        for name in self._names():
+            with contextlib.suppress(NotFound):
+                described.append(describe_run(name, f"{out}/{name}"))
+        return described
+
+    def _names(self) -> list[str]:
         try:
-            entries = os.scandir(out)
+            entries = os.scandir(self.out)
         except OSError:
-            return
+            return []
         with entries:
-            for entry in entries:
-                if NAME.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
-                    yield Run(entry.name, out / entry.name)
+            found = [e.name for e in entries if NAME.fullmatch(e.name) and e.is_dir(follow_symlinks=False)]
+        return sorted(found)

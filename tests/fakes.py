@@ -309,8 +309,10 @@ class FakeJobs:
         self.get(name).state = "stopped"
         return self.get(name)
 
-    def resume(self, name: str, max_iters: int | None = None) -> FakeJob:
+    def resume(self, name: str, max_iters: int | None = None, iter_num: int | None = None) -> FakeJob:
         job = self.get(name)
+        if iter_num is not None and not (self.workspace.run(name).folder / f"ckpt-{iter_num}.pt").exists():
+            raise NotFound(f"no checkpoint of iteration {iter_num} is kept")
         if job.state == "running":
             raise JobBusy(f"job {name} is running")
         job.state = "running"

@@ -165,7 +165,7 @@ def test_a_disk_that_fails_leaves_the_last_checkpoint_and_the_next_save_succeeds
 
 def test_a_disk_that_returns_other_bytes_is_noticed_before_the_rename(run, monkeypatch):
     save_checkpoint(run.checkpoint, state(1))
-    monkeypatch.setattr(checkpoints, "_sha256", lambda path: "0" * 64)
+    monkeypatch.setattr(checkpoints, "sha256_of", lambda path: "0" * 64)
     with pytest.raises(OSError, match="reads back differently"):
         save_checkpoint(run.checkpoint, state(2))
     assert damage(run.checkpoint) is None and load_training_state(run.checkpoint)["iter_num"] == 1

@@ -22,6 +22,7 @@ def config(**fields) -> TrainConfig:
 
 
 REFUSED = [
+    ({"keep_every": 0}, "keep_every is 0; it must be at least 1 and at most 1,000,000"),
     ({"learning_rate": -1}, "learning_rate is -1; it must be greater than 0 and at most 10"),
     ({"learning_rate": True}, "learning_rate is true; it must be a number"),
     ({"learning_rate": "3e-5"}, "learning_rate is '3e-5'; it must be a number"),
@@ -83,7 +84,7 @@ def test_a_preset_fills_what_was_left_out_and_never_what_was_given():
 def test_every_preset_is_complete_from_scratch(name):
     resolved = resolve(config(model_type=name, init_from="scratch"))
     missing = [field for field, value in resolved.model_dump().items() if value is None]
-    optional = {"window", "sample_prompt", "threads", "patience", "lora_rank", "lora_alpha"}
+    optional = {"window", "sample_prompt", "threads", "patience", "keep_every", "lora_rank", "lora_alpha"}
     assert set(missing) <= optional and needed(resolved) > 50_000_000
 
 
@@ -210,3 +211,11 @@ def test_a_window_is_never_longer_than_the_context_of_the_model():
     fine_tuning = resolve(TrainConfig.parse({"dataset": "d", "output_dir": "out/a", "init_from": "my_nano"}))
     assert (window_of(fine_tuning, 64), window_of(fine_tuning, 1024)) == (64, 256)
     assert window_of(TrainConfig.parse({"dataset": "d", "output_dir": "out/a"}), 64) == 64
+
+
+def test_what_is_kept_is_counted_and_bounded():
+    config = resolve(TrainConfig.parse(MINIMAL | {"max_iters": 100, "eval_interval": 10, "keep_every": 3}))
+    assert [i for i in range(1, 101) if config.keeps(i)] == [30, 60, 90] and config.kept() == 3
+    assert not resolve(TrainConfig.parse(MINIMAL)).keeps(100)
+    with pytest.raises(ConfigError, match="keep_every is 1; it must be at least 5: at most 1,000 of 5,000 checkpoints"):
+        resolve(TrainConfig.parse(MINIMAL | {"max_iters": 5000, "eval_interval": 1, "keep_every": 1}))

@@ -346,6 +346,21 @@ def test_the_latest_and_the_best_checkpoint_are_listed(server, file_id):
     assert found[1]["fine_tuning_job_id"] == job["id"] and found[1]["object"] == "fine_tuning.job.checkpoint"
 
 
+def test_kept_checkpoints_are_listed_and_answer_by_their_names(server, file_id):
+    job = trained(server, file_id)
+    kept = run_of(server, job).folder / "ckpt-4.pt"
+    kept.write_bytes(b"x")
+    write_json(run_of(server, job).manifest(kept), {"size": 1, "iter_num": 4})
+    found = server.get(f"{JOBS}/{job['id']}/checkpoints").json["data"]
+    assert [item["step_number"] for item in found] == [10, 8, 4]
+    name = found[2]["fine_tuned_model_checkpoint"]
+    assert name.endswith(":ckpt-step-4")
+    for model in (name, f"{job['name']}/ckpt-4"):
+        assert server.post("/v1/completions", {"model": model, "prompt": "Once"}).status_code == 200
+        assert server.engine.loads[-1].path == kept
+    assert name in [model["id"] for model in server.get("/v1/models").json["data"]]
+
+
 def test_a_tuned_model_can_be_tuned_again(server, file_id, monkeypatch, tokenizer):
     job = trained(server, file_id)
     name = server.get(f"{JOBS}/{job['id']}").json["fine_tuned_model"]

@@ -128,6 +128,17 @@ def test_a_priority_that_is_none_is_refused_by_name(server, priority):
     assert reply.status_code == 400 and "priority" in reply.json["error"]
 
 
+def test_a_resume_from_what_was_not_kept_is_not_found(server):
+    server.post("/api/train", TRAIN)
+    server.client.post("/api/jobs/shakespeare_model/stop")
+    assert server.post("/api/jobs/shakespeare_model/resume", {"iter_num": 7}).status_code == 404
+    for wrong in (-1, 1.5, "7", True):
+        refused = server.post("/api/jobs/shakespeare_model/resume", {"iter_num": wrong})
+        assert refused.status_code == 400 and "iter_num" in refused.json["error"]
+    (server.workspace.out / "shakespeare_model" / "ckpt-7.pt").write_bytes(b"weights")
+    assert server.post("/api/jobs/shakespeare_model/resume", {"iter_num": 7}).json["state"] == "running"
+
+
 def test_an_empty_body_resumes_with_the_old_end(server):
     server.post("/api/train", TRAIN)
     server.client.post("/api/jobs/shakespeare_model/stop", content_type="application/json")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from storage.checkpoint_files import sha256_of
 from storage.errors import BadName, NoSpace, NotFound, NotWritable, StorageError
 from storage.files import write_json
 from storage.runs import Workspace
@@ -458,6 +459,22 @@ def test_resume_goes_on_from_the_checkpoint_with_more_iterations(place):
     assert job["state"] == "running" and job["max_iters"] == 50 and job["created"] == created
     assert job["config"]["lr_decay_iters"] == 20, "the schedule stays the one the run began with"
     assert place.backend.started[-1] == ("a", True, False)
+
+
+def test_resume_goes_back_to_a_kept_checkpoint(place):
+    manager = place.manager()
+    stopped_job(place, manager)
+    run = place.workspace.run("a")
+    kept = run.folder / "ckpt-10.pt"
+    kept.write_bytes(b"older weights")
+    write_json(run.manifest(kept), {"size": 13, "sha256": sha256_of(kept), "iter_num": 10})
+    with pytest.raises(NotFound, match="kept are those of: 10"):
+        manager.resume("a", iter_num=7)
+    with pytest.raises(ConfigError, match="a has 10 iterations behind it"):
+        manager.resume("a", iter_num=10, max_iters=10)
+    assert run.checkpoint.read_bytes() == b"weights"
+    assert manager.resume("a", iter_num=10).state == "running" and place.backend.started[-1] == ("a", True, False)
+    assert run.checkpoint.read_bytes() == b"older weights" and run.previous.read_bytes() == b"weights"
 
 
 def test_resume_without_a_checkpoint_starts_again(place):

@@ -7,7 +7,6 @@ import time
 import pytest
 
 from storage.errors import BadName, NotFound
-from storage.registry import trained_models
 from storage.runs import Workspace
 
 
@@ -110,7 +109,7 @@ def test_a_run_without_weights_is_not_among_the_models(workspace):
     run = write(workspace.run("a"), train_config__json={})
     with pytest.raises(NotFound, match="out/a has no checkpoint"):
         run.describe()
-    assert trained_models(workspace) == []
+    assert workspace.trained_models() == []
 
 
 def test_a_truncated_checkpoint_is_called_damaged(workspace):
@@ -158,17 +157,33 @@ def test_a_manifest_of_odd_shape_breaks_nothing(workspace):
 def test_a_checkpoint_that_is_a_link_is_no_checkpoint(workspace):
     run = write(workspace.run("a"))
     run.checkpoint.symlink_to("/etc/passwd")
-    assert trained_models(workspace) == []
+    assert workspace.trained_models() == []
 
 
 def test_listing_opens_no_weights_and_is_fast(workspace, monkeypatch):
+    best = {"best__pt": b"xyz", "best__pt__json": ENTRY, "ckpt__prev__pt": b"xyz"}
     for i in range(500):
-        write(workspace.run(f"r{i}"), ckpt__pt=b"xyz", ckpt__pt__json=ENTRY, train_config__json={"dataset": "d"})
+        run = workspace.run(f"r{i}")
+        write(run, ckpt__pt=b"xyz", ckpt__pt__json=ENTRY, train_config__json={"dataset": "d"}, **best)
     opened, original = [], os.open
+    monkeypatch.setattr(os, "listdir", pytest.fail)  # takes as long as all the rest
     monkeypatch.setattr(
         os, "open", lambda path, *args, **kwargs: opened.append(str(path)) or original(path, *args, **kwargs)
     )
     started = time.process_time()
-    assert len(trained_models(workspace)) == 500
+    assert len(workspace.trained_models()) == 500
     assert time.process_time() - started < 0.5  # ten times what it takes
-    assert len(opened) == 1000 and not any(path.endswith(".pt") for path in opened)
+    assert len(opened) == 1500 and not any(path.endswith(".pt") for path in opened)
+
+
+def test_every_checkpoint_of_a_run_is_described(workspace):
+    files = dict.fromkeys(("ckpt__pt", "best__pt", "ckpt__prev__pt", "ckpt-10__pt", "ckpt-2000__pt"), b"xyz")
+    manifests = {f"{name}__json": ENTRY for name in ("ckpt__pt", "best__pt", "ckpt-10__pt", "ckpt-2000__pt")}
+    run = write(workspace.run("a"), **files, **manifests, train_config__json={"dataset": "d", "keep_every": 1})
+    (run.folder / "ckpt-10.pt").write_bytes(b"x")
+    (run.folder / "ckpt-3.pt").symlink_to("/etc/passwd")
+    found = run.describe()["checkpoints"]
+    names = ["ckpt.pt", "best.pt", "ckpt.prev.pt", "ckpt-2000.pt", "ckpt-10.pt"]
+    assert [file["path"] for file in found] == [f"out/a/{name}" for name in names]
+    assert found[0] == {"path": "out/a/ckpt.pt", "iter_num": 20, "size_bytes": 3, "damaged": None}
+    assert found[4]["damaged"] == "ckpt-10.pt has 1 bytes, and 3 were written"

@@ -19,6 +19,7 @@ import train
 from learning import start
 from model import GPTConfig
 from storage import checkpoints, registry
+from storage.checkpoint_files import bring_back
 from storage.datasets import Splits
 from storage.errors import NoSpace
 from storage.runs import Run, Workspace
@@ -187,6 +188,17 @@ def save_until(last: int, error: BaseException | type[BaseException]):
         save(path, state)
 
     return saved
+
+
+def test_a_run_goes_back_to_a_checkpoint_that_was_kept_and_repeats_itself_bitwise(place):
+    assert place.train("a", keep_every=2, eval_interval=3) == 0
+    run = place.run("a")
+    losses, last = place.losses("a"), place.state("a")
+    assert [path.name for path in run.kept()] == ["ckpt-12.pt", "ckpt-6.pt"]
+    bring_back(run.folder, 6)
+    assert place.train("a", init_from="resume") == 0
+    assert place.losses("a") == losses and same_weights(place.state("a"), last)
+    assert place.train("b", init_from="out/a/ckpt-6.pt", dataset="sums", max_iters=1, eval_interval=1) == 0
 
 
 def test_a_finished_run_goes_on_with_more_iterations(place):

@@ -22,6 +22,7 @@ __all__ = ["PRESETS", "ConfigError", "TrainConfig", "errors_to_sentence", "resol
 Schedule = Literal["cosine", "linear", "constant"]
 Optimizer = Literal["adamw", "muon"]
 DType = Literal["auto", "fp32", "bf16", "fp16"]
+MOST_KEPT = 1000  # checkpoints of a run: they stay until the run is deleted
 FROM_SCRATCH = ("tokenizer", "n_layer", "n_head", "n_embd", "bias")  # else they come with the weights
 
 
@@ -89,6 +90,13 @@ class TrainConfig(StrictModel):
     patience: int | None = option(
         "reports", "evaluations without a better val loss after which the run ends; default: never", ge=1, le=1_000_000
     )
+    keep_every: int | None = option(
+        "reports",
+        f"keep the checkpoint of every so many evaluations, as ckpt-<iteration>.pt, {MOST_KEPT:,} at most; default: "
+        "only the latest two and the best stay",
+        ge=1,
+        le=1_000_000,
+    )
     log_interval: int = option("reports", "iterations between rows of metrics", 10, ge=1, le=1_000_000_000)
     tensorboard: bool = option("reports", "write TensorBoard's event files, too, for tensorboard --logdir out", False)
     wandb: bool = option("reports", "send rows and samples to Weights & Biases, whose package must be installed", False)
@@ -139,6 +147,16 @@ class TrainConfig(StrictModel):
     def given(self) -> dict[str, Any]:
         """Return the fields that are not None, as JSON has them."""
         return {name: value for name, value in self.model_dump().items() if value is not None}
+
+    def keeps(self, iter_num: int) -> bool:
+        """Say whether the checkpoint of an iteration of this resolved config is to be kept."""
+        return self.keep_every is not None and iter_num % ((self.eval_interval or 1) * self.keep_every) == 0
+
+    def kept(self) -> int:
+        """Return how many checkpoints a run by this resolved config keeps beside the latest and the best."""
+        if self.keep_every is None or self.max_iters is None:
+            return 0
+        return self.max_iters // ((self.eval_interval or 1) * self.keep_every)
 
 
 def _start(config: TrainConfig, pretrained: Sequence[str]) -> tuple[str | None, str]:
@@ -194,6 +212,7 @@ def _following(fields: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
         raise ConfigError(f"min_lr {rest['min_lr']:g} is greater than learning_rate {rate:g}")
     if fields["init_from"] == "scratch":
         _check_shape(rest)
+    _check_kept(rest)
     _check_adapters(rest)
     _check_processes(rest)
     _check_shard(rest)
@@ -208,6 +227,16 @@ def _check_shape(fields: dict[str, Any]) -> None:
     window = fields.get("window")
     if window is not None and window > fields["block_size"]:
         raise ConfigError(f"window is {window}; it must be at most block_size {fields['block_size']}")
+
+
+def _check_kept(fields: dict[str, Any]) -> None:
+    every, evaluations = fields.get("keep_every"), fields["max_iters"] // fields["eval_interval"]
+    if every is not None and evaluations // every > MOST_KEPT:
+        least = -(-evaluations // MOST_KEPT)
+        raise ConfigError(
+            f"keep_every is {every}; it must be at least {least}: at most {MOST_KEPT:,} of {evaluations:,} checkpoints "
+            "are kept"
+        )
 
 
 def _check_adapters(fields: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from training.config import TrainConfig
 from training.presets import PRESETS
 
 BYTES_PER_PARAMETER = 12  # fp32 weights and AdamW's two moments
-COPIES = 4  # latest, the one before, the one being written, and the best without moments
+COPIES = 4  # latest, the one before, the one being written, and the best without moments; kept ones come to these
 OTHER_BYTES = 50_000_000  # log, metrics, tokens of a small dataset
 VOCABULARY = 50304
 
@@ -17,14 +17,15 @@ def parameters(n_layer: int, n_embd: int, block_size: int, vocab_size: int) -> i
 
 def needed(config: TrainConfig) -> int:
     """Return the bytes that a resolved config's run may take."""
+    copies = COPIES + config.kept()
     if config.init_from == "scratch":
         vocabulary = VOCABULARY if config.tokenizer == "gpt2" else 4096
         shape = (config.n_layer or 0, config.n_embd or 0, config.block_size or 0)
-        return OTHER_BYTES + COPIES * BYTES_PER_PARAMETER * parameters(*shape, vocabulary)
+        return OTHER_BYTES + copies * BYTES_PER_PARAMETER * parameters(*shape, vocabulary)
     if config.model_type in PRESETS:
         preset = PRESETS[config.model_type]
         weights = parameters(preset["n_layer"], preset["n_embd"], preset["block_size"], VOCABULARY)
-        return OTHER_BYTES + COPIES * BYTES_PER_PARAMETER * weights
+        return OTHER_BYTES + copies * BYTES_PER_PARAMETER * weights
     return OTHER_BYTES
 
 

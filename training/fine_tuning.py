@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from storage.checkpoint_files import PREVIOUS, listed
 from storage.errors import NotFound
 from storage.files import write_json
 from storage.runs import Run, Workspace
@@ -87,7 +88,7 @@ def model_path(workspace: Workspace, name: str) -> str:
     for saved in saved_checkpoints(run):
         if saved.step == int(found[2]):
             return f"{run.relative}/{saved.file}"
-    raise NotFound(f"there is no checkpoint {name}: its job keeps the latest and the best")
+    raise NotFound(f"there is no checkpoint {name}: a job keeps the latest, the best, and those that keep_every says")
 
 
 # ---- openai.json
@@ -197,14 +198,11 @@ class SavedCheckpoint:
 
 
 def saved_checkpoints(run: Run) -> list[SavedCheckpoint]:
-    """Return the checkpoints that a run has, the latest first, each step once."""
+    """Return the checkpoints of a run that can be served, the latest first, each step once."""
     found: dict[int, SavedCheckpoint] = {}
-    for path in (run.checkpoint, run.best):
-        manifest = read_object(run.manifest(path))
-        step, written = manifest.get("iter_num"), manifest.get("written")
-        if isinstance(step, int) and path.is_file() and step not in found:
-            when = written if isinstance(written, float) else path.stat().st_mtime
-            found[step] = SavedCheckpoint(path.name, step, when)
+    for file in listed(str(run.folder)):
+        if file.name != PREVIOUS and isinstance(file.iter_num, int) and file.iter_num not in found:
+            found[file.iter_num] = SavedCheckpoint(file.name, file.iter_num, file.modified)
     return sorted(found.values(), key=lambda saved: saved.step, reverse=True)
 
 

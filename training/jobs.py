@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from storage import datasets, registry
+from storage.checkpoint_files import bring_back
 from storage.errors import NotFound, StorageError
 from storage.files import check_name, disk_errors_explained, sweep_temporary, write_json
 from storage.runs import Run, Workspace
@@ -192,23 +193,29 @@ class JobManager:
         self._backend.wake()
         return self.get(name)
 
-    def resume(self, name: object, max_iters: int | None = None) -> Job:
+    def resume(self, name: object, max_iters: int | None = None, iter_num: int | None = None) -> Job:
         """Go on with a job that has ended, from its newest whole checkpoint, or from its start if there is none.
 
-        `max_iters` may be raised. Raises NotFound, ConfigError, StorageError, JobBusy.
+        With `iter_num` it goes back to the checkpoint that is kept of that iteration. `max_iters` may be raised.
+        Raises NotFound, ConfigError, StorageError, JobBusy.
         """
         job = self.get(name)
         with self._lock:
             self._require_idle(job.run)
             config = TrainConfig.parse(read_object(job.run.config))
             manifest = job.run.manifest(job.run.checkpoint)
-            reached = read_object(job.run.result).get("iter_num") or read_object(manifest).get("iter_num") or 0
+            if iter_num is not None:
+                reached = iter_num
+            else:
+                reached = read_object(job.run.result).get("iter_num") or read_object(manifest).get("iter_num") or 0
             last = config.max_iters if max_iters is None else max_iters
             if last is not None and last <= reached:
                 raise ConfigError(f"max_iters is {last}; {job.name} has {reached} iterations behind it: give more")
             admission.require_room(self._workspace, job.run, None)
-            resume = any(path.exists() for path in (job.run.checkpoint, job.run.previous))
             with disk_errors_explained(job.run.relative):
+                if iter_num is not None:
+                    bring_back(job.run.folder, iter_num)
+                resume = any(path.exists() for path in (job.run.checkpoint, job.run.previous))
                 write_json(job.run.config, config.given() | {"max_iters": last})
                 status = Status("queued", job.status.created, resume=resume, priority=job.status.priority)
                 self._enqueue(job.run, status)

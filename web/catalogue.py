@@ -12,10 +12,11 @@ from typing import Any
 from inference.backend import Footprint, InferenceBackend, ServedModel
 from storage import hub
 from storage.chat_format import is_chat
+from storage.checkpoint_files import CHECKPOINT, PREVIOUS
 from storage.errors import NotFound, StorageError
 from storage.files import quoted
-from storage.registry import ModelReference, local_folder, pretrained_names, resolve, trained_models
-from storage.runs import CHECKPOINT, Workspace
+from storage.registry import ModelReference, local_folder, pretrained_names, resolve
+from storage.runs import Workspace
 from training import fine_tuning
 from training.jobs import JobManager
 from web.errors import Refused
@@ -104,9 +105,9 @@ class Catalogue:
         for name in pretrained_names(self._workspace):
             if name in registered or local_folder(self._workspace, name) is not None:
                 yield name, resolve(self._workspace, model_type=name)
-        for described in trained_models(self._workspace):
-            run = self._workspace.run(described["name"])
-            for path in dict.fromkeys((described["path"], f"{run.relative}/{run.best.name}")):
+        for described in self._workspace.trained_models():
+            files = [file["path"] for file in described["checkpoints"] if not file["path"].endswith(f"/{PREVIOUS}")]
+            for path in dict.fromkeys((described["path"], *files)):
                 try:
                     reference = resolve(self._workspace, model_path=path)
                 except StorageError:

@@ -138,7 +138,7 @@ def stop_job(path: NamePath, body: NoFields) -> dict[str, Any]:
 @routes.post("/api/jobs/<name>/resume", responses={200: Job, 404: Error, 409: Error})
 def resume_job(path: NamePath, body: ResumeBody) -> dict[str, Any]:
     """Go on with a job that has ended, from its last checkpoint."""
-    return context().jobs.resume(path.name, max_iters=body.max_iters).describe()
+    return context().jobs.resume(path.name, max_iters=body.max_iters, iter_num=body.iter_num).describe()
 
 
 @routes.post("/api/jobs/<name>/priority", responses={200: Job, 404: Error, 409: Error})

@@ -14,7 +14,7 @@ from inference.backend import InferenceBackend, ServedModel
 from inference.sequence import InferenceError
 from storage.errors import StorageError
 from storage.files import read_json, write_json
-from storage.registry import BUNDLED, ModelReference, resolve, trained_models
+from storage.registry import BUNDLED, ModelReference, resolve
 from storage.runs import Workspace
 from web.errors import Refused
 from web.settings import Settings
@@ -115,7 +115,7 @@ class ModelLoader:
     def trained(self) -> list[dict[str, Any]]:
         """Return the runs that may be loaded."""
         allowed = self._settings.model_allow_list
-        return [run for run in trained_models(self._workspace) if not allowed or run["name"] in allowed]
+        return [run for run in self._workspace.trained_models() if not allowed or run["name"] in allowed]
 
     def _remember(self, choice: dict[str, str] | None) -> None:
         try:

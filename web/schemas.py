@@ -139,6 +139,9 @@ class ResumeBody(StrictModel):
     model_config = ConfigDict(openapi_extra={"required": False})  # type: ignore[typeddict-unknown-key]
 
     max_iters: int | None = Field(None, ge=1, le=1_000_000_000, description="a new last iteration")
+    iter_num: int | None = Field(
+        None, ge=0, le=1_000_000_000, description="go back to the checkpoint that `keep_every` kept of this iteration"
+    )
 
 
 class PriorityBody(StrictModel):
