@@ -15,7 +15,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -249,12 +249,15 @@ def replace_file(path: Path, write: Callable[[BinaryIO], None], verify: Callable
         sync_folder(path.parent)
 
 
-def sweep_temporary(folder: Path) -> None:
-    """Remove what interrupted writes left in `folder`; for its only writer to call when it starts."""
+def sweep_temporary(folder: Path, but: Collection[str] = ()) -> None:
+    """Remove what interrupted writes left in `folder`; for its only writer to call when it starts.
+
+    What is to become one of the files in `but` stays: somebody else writes those.
+    """
     if not folder.is_dir():
         return
     for entry in os.scandir(folder):
-        if TEMPORARY.fullmatch(entry.name):
+        if TEMPORARY.fullmatch(entry.name) and entry.name[1:].rsplit(".", 2)[0] not in but:
             if entry.is_dir(follow_symlinks=False):
                 shutil.rmtree(entry.path, ignore_errors=True)
             else:

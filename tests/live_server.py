@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import requests
@@ -26,11 +26,12 @@ LONG = {"prompt": "Once", "max_new_tokens": 2000, "temperature": 1.5}
 class Process:
     """A server process with its address, and its own end."""
 
-    def __init__(self, root: Path, *flags: str, script: Path = ROOT / "api_server.py"):
+    def __init__(self, root: Path, *flags: str, script: Path = ROOT / "api_server.py", before: Sequence[str] = ()):
+        """Start the server; `before` are words of the command before it, of a program that becomes it."""
         self.root = root
         environ = {name: value for name, value in os.environ.items() if not name.startswith("LM_SERVER_")}
         environ |= {"PATH": "", "LM_SERVER_NATIVE_CACHE": str(root / "cache")}  # no compiler: the torch runner serves
-        command = [sys.executable, str(script), "--port", "0", "--root", str(root), *flags]
+        command = [*before, sys.executable, str(script), "--port", "0", "--root", str(root), *flags]
         self.child = subprocess.Popen(
             command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ
         )

@@ -149,6 +149,7 @@ class FullDisk:
         self.f.close()
 
 
+@pytest.mark.fault("F3", "ENOSPC and EIO after so many bytes of a save")
 @pytest.mark.parametrize("room", [0, 10, 3000, 7000])
 @pytest.mark.parametrize(("number", "error"), [(errno.ENOSPC, NoSpace), (errno.EIO, OSError)])
 def test_a_disk_that_fails_leaves_the_last_checkpoint_and_the_next_save_succeeds(run, monkeypatch, room, number, error):
@@ -175,6 +176,7 @@ class Crash(BaseException):
     """The power goes: nothing after this runs, not even clean-up by our own code."""
 
 
+@pytest.mark.fault("F1", "the power goes before each call to the system of a save")
 def test_whatever_moment_the_power_goes_the_run_has_a_whole_checkpoint(run, monkeypatch):
     originals = {name: getattr(os, name) for name in ("fsync", "replace", "unlink", "link")}
     for moment in range(100):
@@ -215,6 +217,7 @@ def test_saving_works_where_there_are_no_hard_links(run, monkeypatch):
     assert load_training_state(run.checkpoint)["iter_num"] == 2 and load_training_state(run.previous)["iter_num"] == 1
 
 
+@pytest.mark.fault("F2", "a recorder of every fsync and rename of a save")
 def test_everything_is_synced_before_it_takes_its_name(run, monkeypatch):
     save_checkpoint(run.checkpoint, state(0))
     order, fsync, replace = [], os.fsync, os.replace
@@ -245,6 +248,7 @@ def zero(path):
     path.write_bytes(b"\0" * path.stat().st_size)
 
 
+@pytest.mark.fault("F4", "the newest checkpoint flipped, cut, zeroed, emptied")
 @pytest.mark.parametrize("harm", [flip, truncate, zero, lambda path: path.write_bytes(b"")])
 def test_a_damaged_newest_is_named_and_the_one_before_is_used(workspace, run, harm):
     save_checkpoint(run.checkpoint, state(1))
@@ -266,6 +270,7 @@ def test_a_single_bit_anywhere_is_noticed(workspace, run, at):
         load(workspace)
 
 
+@pytest.mark.fault("F4", "the manifest deleted")
 def test_without_its_manifest_a_whole_checkpoint_still_counts_and_a_damaged_one_does_not(run):
     save_checkpoint(run.checkpoint, state(1))
     run.manifest(run.checkpoint).unlink()

@@ -231,6 +231,7 @@ def test_only_a_waiting_job_has_a_place_to_change(place):
         manager.set_priority("a", 1)
 
 
+@pytest.mark.fault("F20", "fifty racing jobs for one output_dir")
 def test_of_fifty_racing_requests_for_one_folder_exactly_one_wins(place):
     manager = place.manager(max_jobs=4)
 
@@ -526,6 +527,7 @@ def test_a_job_that_ended_while_no_server_ran_gets_its_true_end(place):
     assert lost["state"] == "lost" and "without saying how" in lost["error"]
 
 
+@pytest.mark.fault("F7", "a server dies between a job's start and its note")
 def test_a_trainer_whose_start_was_never_recorded_is_adopted_and_not_started_twice(place):
     manager = place.manager()
     manager.create(config("a"))
@@ -538,6 +540,7 @@ def test_a_trainer_whose_start_was_never_recorded_is_adopted_and_not_started_twi
     assert again.get("b").describe()["process_id"] == os.getpid() and len(place.backend.started) == 1
 
 
+@pytest.mark.fault("F19", "a second manager of one out/")
 def test_a_second_server_on_the_same_out_is_refused_by_name(place):
     place.manager()
     with pytest.raises(OutInUse, match=rf"out/.lock is held by another server, process {os.getpid()}"):

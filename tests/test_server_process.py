@@ -77,6 +77,7 @@ def test_a_model_that_is_not_allowed_is_refused(root, capsys):
     assert "allow list" in refused(capsys, "--root", str(root), "--model_allow_list", "gpt2")
 
 
+@pytest.mark.fault("F19", "a second server on one out/")
 def test_a_busy_port_and_a_second_server_on_one_out_are_refused(server, tmp_path, capsys):
     assert ".lock is held by another server" in refused(capsys, "--root", str(server.root), "--port", "0")
     busy = refused(capsys, "--root", str(tmp_path), "--model_type", "none", "--port", str(server.port))
@@ -159,6 +160,7 @@ def test_silent_and_refused_connections_do_not_hold_up_others(server):
 # ---- ends; from here on the order matters
 
 
+@pytest.mark.fault("F18", "SIGKILL of the worker")
 def test_a_killed_worker_comes_back_with_the_last_model(server):
     assert server.post("/api/load_model", {"model_path": "models/other"}).status_code == 200
     before = server.worker()
@@ -167,6 +169,7 @@ def test_a_killed_worker_comes_back_with_the_last_model(server):
     assert server.get("/api/status").json()["model"]["id"] == "other"
 
 
+@pytest.mark.fault("F11", "SIGTERM with running and waiting requests")
 def test_sigterm_ends_running_requests_and_refuses_waiting_and_new_ones(server):
     replies: list[requests.Response] = []
     threads = [threading.Thread(target=lambda: replies.append(server.post("/api/generate", LONG))) for _ in range(3)]

@@ -151,6 +151,7 @@ def test_accumulated_steps_make_the_same_batch(place):
 # ---- stop and resume
 
 
+@pytest.mark.fault("F5", "SIGTERM in the middle of a run, then resume")
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_stopped_and_resumed_run_is_bitwise_the_uninterrupted_one(place, monkeypatch, optimizer):
     fields = {"max_iters": 20, "dropout": 0.1, "optimizer": optimizer}
@@ -275,6 +276,7 @@ def test_a_signal_between_accumulated_steps_loses_no_finished_iteration(place, m
     assert place.losses("stopped") == place.losses("straight")
 
 
+@pytest.mark.fault("F4", "the newest checkpoint damaged before a resume")
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_resumed(place, capsys):
     place.train("a")
     data = bytearray(place.run("a").checkpoint.read_bytes())
@@ -438,6 +440,7 @@ def test_a_full_disk_fails_the_run_with_that_reason_and_keeps_the_last_checkpoin
     assert place.result("a")["error"] == "the disk is full" and place.state("a")["iter_num"] == 6
 
 
+@pytest.mark.fault("F3", "a save of a running trainer fails")
 def test_a_save_that_fails_is_told_and_the_next_one_tries_again(place, monkeypatch):
     save, tried = checkpoints.save_checkpoint, []
 

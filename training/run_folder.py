@@ -8,12 +8,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from storage.errors import StorageError
-from storage.files import read_json, write_json
+from storage.files import read_json, sweep_temporary, write_json
 from storage.runs import Run
 from storage.trash import move_to_trash
 from training.config import ConfigError, TrainConfig
 from training.process import TRAINER, identify
 from training.starting_point import require_elsewhere
+
+OF_THE_SERVER = ("status.json", "openai.json", "train_config.json")  # it may be writing these at this moment
 
 
 @contextlib.contextmanager
@@ -63,6 +65,7 @@ def claim(run: Run, config: TrainConfig, launcher: int | None = None, ranks: Seq
         trainer = identify(os.getpid() if launcher is None else launcher)
         write_json(run.folder / TRAINER, {} if trainer is None else trainer.to_json() | {"ranks": list(ranks)})
         run.result.unlink(missing_ok=True)
+        sweep_temporary(run.folder, but=OF_THE_SERVER)  # a killed trainer's half a checkpoint
         if config.init_from != "resume":  # an earlier start that never came to a checkpoint
             run.metrics.unlink(missing_ok=True)
             run.samples.unlink(missing_ok=True)

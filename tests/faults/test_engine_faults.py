@@ -24,6 +24,7 @@ def status(server: Process, path: str = "/health") -> int:
     return server.get(path).status_code
 
 
+@pytest.mark.fault("F9", "a step raises among running streams")
 def test_a_step_that_raises_ends_no_stream(server):
     until(lambda: status(server) == 200)
     body = {"prompt": "Once upon", "max_new_tokens": 40, "seed": 3}
@@ -33,6 +34,7 @@ def test_a_step_that_raises_ends_no_stream(server):
     assert not (server.root / "fault").exists()
 
 
+@pytest.mark.fault("F10", "a step never ends")
 @pytest.mark.timeout(120)
 def test_a_stalled_engine_turns_health_red_ends_what_waits_and_is_replaced(server):
     before = server.worker()
@@ -53,6 +55,7 @@ def test_a_stalled_engine_turns_health_red_ends_what_waits_and_is_replaced(serve
     assert "What the threads were doing" in log and "faulty_rows" in log
 
 
+@pytest.mark.fault("F10", "a step never ends and holds the interpreter")
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_process_that_hangs_is_replaced_too(server):
@@ -66,6 +69,7 @@ def test_a_process_that_hangs_is_replaced_too(server):
     assert "faulty_rows" in "".join(server.lines)
 
 
+@pytest.mark.fault("F10", "SIGSTOP of the worker, then SIGCONT")
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_server_that_was_stopped_for_a_while_goes_on(server):

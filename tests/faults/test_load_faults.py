@@ -25,6 +25,7 @@ def running(server: Process) -> tuple[int, int]:
     return queue["running"], queue["waiting"]
 
 
+@pytest.mark.fault("F15", "100 requests at once for a queue of 32")
 def test_a_full_queue_refuses_the_rest_at_once_and_serves_what_it_took(server):
     request = request_of(server, {"prompt": "Once", "max_new_tokens": 5})
     request = request.replace(b"Host:", b"Connection: close\r\nHost:", 1)
@@ -39,6 +40,7 @@ def test_a_full_queue_refuses_the_rest_at_once_and_serves_what_it_took(server):
     assert statuses.keys() == {b"200", b"429"} and statuses[b"200"] >= 32
 
 
+@pytest.mark.fault("F23", "ten racing loads while four streams run")
 def test_streams_end_on_the_old_model_while_ten_loads_race(server):
     streams = Streams(server, 4, tokens=100)
     until(lambda: running(server)[0] == 4)
@@ -60,6 +62,7 @@ def test_streams_end_on_the_old_model_while_ten_loads_race(server):
         assert lines[-1] == "[DONE]" and json.loads(lines[0])["model"] == "tiny-shakespeare"
 
 
+@pytest.mark.fault("F18", "SIGSEGV of the worker with two streams")
 def test_a_crash_cuts_streams_without_an_end_and_the_next_worker_has_the_same_model(server):
     streams, before = Streams(server, 2), server.worker()
     until(lambda: running(server)[0] == 2)
@@ -71,6 +74,7 @@ def test_a_crash_cuts_streams_without_an_end_and_the_next_worker_has_the_same_mo
     until(lambda: any("Segmentation fault" in line for line in server.lines))
 
 
+@pytest.mark.fault("F11", "SIGTERM with four streams and two waiting")
 def test_at_the_end_streams_are_told_and_what_waits_is_refused(server):
     streams = Streams(server, 6)
     until(lambda: running(server) == (4, 2))

@@ -53,6 +53,7 @@ class Trickle:
             connection.close()
 
 
+@pytest.mark.fault("F13", "heads and bodies of a byte a second")
 def test_heads_and_bodies_that_trickle_hold_up_nobody_and_are_cut(server):
     head = b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Slow: "
     body = request_of(server, {}, length=100_000)
@@ -83,6 +84,7 @@ def reset(connection: socket.socket) -> None:
     connection.close()
 
 
+@pytest.mark.fault("F12", "fifty clients leave in every state")
 def test_fifty_clients_that_leave_in_every_state_leave_nothing_behind(server):
     stream = request_of(server, {**LONG, "stream": True})
     plain = request_of(server, LONG)
@@ -94,6 +96,7 @@ def test_fifty_clients_that_leave_in_every_state_leave_nothing_behind(server):
     assert server.post("/api/generate", {"prompt": "Once", "max_new_tokens": 4}).status_code == 200
 
 
+@pytest.mark.fault("F14", "a client stops reading its stream")
 @pytest.mark.slow
 @pytest.mark.timeout(150)
 def test_a_reader_that_stops_is_cut_and_the_engine_does_not_wait_for_it(server):
@@ -113,6 +116,7 @@ def test_a_reader_that_stops_is_cut_and_the_engine_does_not_wait_for_it(server):
     assert said.startswith(b"HTTP/1.1 200") and b"[DONE]" not in said
 
 
+@pytest.mark.fault("F13", "hundreds of silent, half and slow connections")
 @pytest.mark.slow
 @pytest.mark.timeout(150)
 def test_health_stays_quick_among_hundreds_of_rude_clients(server):
