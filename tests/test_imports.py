@@ -17,6 +17,8 @@ WITH_TORCH = {
     "inference/engine.py",
     "inference/decode_graphs.py",
     "inference/kv_cache.py",
+    "inference/native/compact.py",
+    "inference/native/packing.py",
     "inference/native_runner.py",
     "inference/runner.py",
     "inference/sampling.py",

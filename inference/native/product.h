@@ -1,7 +1,8 @@
 // Packed weights times activation rows: the kernels where nearly all the time goes.
 //
 // Weights W[rows][width] lie in panels of 32 rows, so that a thread reads one sequential stream:
-//   [rows/32][width/G][32][G] with G = 1 float, 2 bfloat16 or 4 bytes (q + 128, one scale for each row).
+//   [rows/32][width/G][32][G] with G = 1 float, 2 bfloat16 or 4 bytes (q + 128, one scale for each row);
+//   bfloat16 mostly in 12 bits, see compact.h, from which the same registers are filled.
 // A step is 128 bytes: for 32 outputs, the 4 bytes that G neighbouring inputs meet. Activations lie in tiles of up to
 // 12 lines, [width/G][lines][G] in the same formats, so that they too are one stream, each read 32 times at once.
 // The order of additions of an output is the same in every tile: a row's result never depends on the other rows.
@@ -9,9 +10,9 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "vector.h"
+#include "compact.h"
 
-enum Kind : long { F32, BF16, INT8 };  // of the weights
+enum Kind : long { F32, BF16, INT8, COMPACT };  // of the weights; COMPACT: bfloat16 in 12 bits
 enum Then { STORE, ADD, GELU, GELU_NEW };  // what happens to a product: written, added to what is there, or through gelu
 
 constexpr long PANEL = 32, MOST = 12;  // 12 lines x 2 vectors are 24 of 32 registers: 14 loads for 24 products
@@ -28,15 +29,19 @@ constexpr bool INT8_QUADS = true;
 #else
 constexpr bool INT8_QUADS = false;
 #endif
-constexpr long group(long kind) { return kind == F32 ? 1 : kind == BF16 ? 2 : 4; }
-constexpr bool narrow(long kind) { return kind == BF16 ? BF16_PAIRS : kind == INT8 ? INT8_QUADS : false; }
+constexpr long group(long kind) { return kind == F32 ? 1 : kind == INT8 ? 4 : 2; }
+constexpr bool narrow(long kind) { return kind == F32 ? false : kind == INT8 ? INT8_QUADS : BF16_PAIRS; }
 constexpr long words(long kind) { return narrow(kind) ? 1 : group(kind); }  // 4-byte words of an activation line per step
 
 struct Matrix {
     const char *weights;
     const float *scale, *bias;  // scale in int8 only; bias may be null
     long rows, width;           // rows: with padding, a multiple of 32
-    template <int KIND> const char *panel(long p) const { return weights + p * (width / group(KIND)) * 128; }
+    const Rest *rest;           // COMPACT only: of panel p from rest_of[p] to rest_of[p + 1]
+    const int32_t *rest_of;
+    template <int KIND> const char *panel(long p) const {
+        return weights + p * (KIND == COMPACT ? compact_bytes(width) : width / group(KIND) * 128);
+    }
 };
 
 // ---- activations -------------------------------------------------------------------------------------------------
@@ -120,7 +125,7 @@ template <int KIND> void write_line(const Input &in, long i, const float *x) {
     int32_t *to = in.line<KIND>(first) + (i - first);
     if constexpr (KIND == INT8 && INT8_QUADS) quantise(in, i, x, to, lines);
 #ifdef __AVX512BF16__
-    else if constexpr (KIND == BF16)
+    else if constexpr (group(KIND) == 2)
         for (long k = 0; k < in.width; k += 16) {
             alignas(32) int32_t pairs[8];
             _mm256_store_si256((__m256i *)pairs, (__m256i)_mm512_cvtneps_pbh(load(x + k)));
@@ -135,7 +140,7 @@ template <int KIND> void write_line(const Input &in, long i, const float *x) {
 // The g-th of a group of weights as floats, for processors that do not multiply the kind as it is stored.
 template <int KIND> inline Vec widen(__m512i v, int g) {
     if (KIND == F32) return (Vec)v;
-    if (KIND == BF16) return (Vec)(g ? _mm512_and_si512(v, _mm512_set1_epi32(0xffff0000)) : _mm512_slli_epi32(v, 16));
+    if (group(KIND) == 2) return (Vec)(g ? _mm512_and_si512(v, _mm512_set1_epi32(0xffff0000)) : _mm512_slli_epi32(v, 16));
     const __m512i byte = _mm512_and_si512(_mm512_srli_epi32(v, 8 * g), _mm512_set1_epi32(255));
     return _mm512_cvtepi32_ps(_mm512_sub_epi32(byte, _mm512_set1_epi32(128)));
 }
@@ -153,9 +158,11 @@ inline Ints add_product(Ints sum, __m512i w, __m512i x) { return (Ints)_mm512_dp
 template <int KIND> using Sum = std::conditional_t<KIND == INT8 && INT8_QUADS, Ints, Vec>;
 
 // result[r] = a panel's 32 rows times line r, for the R lines of a tile. Fetches weights NEAR bytes ahead into the first
-// cache, and `stride` bytes a step from `ahead` on into the second.
+// cache; for more than a few lines also those of a later panel, `stride` bytes a turn from `ahead` on, into the second.
 template <int KIND, int R>
-void multiply(const char *w, long steps, const int32_t *a, const char *ahead, long stride, Sum<KIND> (*result)[2]) {
+void multiply(const Matrix &m, long panel, const int32_t *a, const char *ahead, long stride, Sum<KIND> (*result)[2]) {
+    const char *w = m.panel<KIND>(panel);
+    const long steps = m.width / group(KIND);
     Sum<KIND> sum[R][2];  // its own, so that it stays in registers
     for (auto &s : sum) s[0] = s[1] = Sum<KIND>{};
     const auto add = [&](auto low, auto high) {
@@ -167,16 +174,40 @@ void multiply(const char *w, long steps, const int32_t *a, const char *ahead, lo
         }
         a += R;
     };
-    for (long i = 0; i < steps; i++, w += 128, ahead += stride) {
-        _mm_prefetch(w + NEAR, _MM_HINT_T0);
-        _mm_prefetch(w + NEAR + 64, _MM_HINT_T0);
-        _mm_prefetch(ahead, _MM_HINT_T1);
-        _mm_prefetch(ahead + 64, _MM_HINT_T1);
-        const __m512i low = _mm512_load_si512(w), high = _mm512_load_si512(w + 64);
+    const auto add_step = [&](__m512i low, __m512i high) {
         if constexpr (narrow(KIND)) add(low, high);
         else
             for (int g = 0; g < words(KIND); g++) add(widen<KIND>(low, g), widen<KIND>(high, g));
-    }
+    };
+    constexpr long turn = KIND == COMPACT ? 192 : 128;
+    const auto fetch = [&] {
+        for (long k = 0; k < turn; k += 64) {
+            _mm_prefetch(w + NEAR + k, _MM_HINT_T0);
+            if (R > 4) _mm_prefetch(ahead + k, _MM_HINT_T1);
+        }
+    };
+    if constexpr (KIND == COMPACT) {
+        const int32_t *begin = a;
+        const Exponents exponents(w);
+        const Rest *rest = m.rest + m.rest_of[panel], *end = m.rest + m.rest_of[panel + 1];
+        _mm_prefetch(rest, _MM_HINT_T0);
+        w += 64;
+        for (long i = 0; i < steps; i += 2, w += turn, ahead += stride) {
+            fetch();
+            __m512i four[4];
+            exponents.unpack(w, four);
+            add_step(four[0], four[1]);
+            add_step(four[2], four[3]);
+        }
+        for (; rest < end; rest++) {
+            a = begin + rest->step * words(KIND) * R;
+            add_step(rest->of_rows(0), rest->of_rows(16));
+        }
+    } else
+        for (long i = 0; i < steps; i++, w += turn, ahead += stride) {
+            fetch();
+            add_step(_mm512_load_si512(w), _mm512_load_si512(w + 64));
+        }
     for (int r = 0; r < R; r++) result[r][0] = sum[r][0], result[r][1] = sum[r][1];
 }
 
@@ -204,12 +235,12 @@ template <int KIND> void product(const Matrix &m, const Input &in, long panel, f
         multiply<KIND, 1>, multiply<KIND, 2>, multiply<KIND, 3>, multiply<KIND, 4>,  multiply<KIND, 5>,  multiply<KIND, 6>,
         multiply<KIND, 7>, multiply<KIND, 8>, multiply<KIND, 9>, multiply<KIND, 10>, multiply<KIND, 11>, multiply<KIND, 12>};
     const char *w = m.panel<KIND>(panel), *next = m.panel<KIND>(panel + 1);
-    const long steps = m.width / group(KIND), n = in.tiles();
+    const long n = in.tiles();
     Sum<KIND> sum[MOST][2];
     for (long t = 0; t < n; t++) {
         const long first = in.first(t), end = in.first(t + 1);
-        const char *ahead = n > 1 ? next + t * (next - w) / n : w + (in.count > 4 ? FAR : NEAR);
-        tiles[end - first - 1](w, steps, in.line<KIND>(first), ahead, 128 / n, sum);
+        const char *ahead = n > 1 ? next + t * (next - w) / n : w + FAR;
+        tiles[end - first - 1](m, panel, in.line<KIND>(first), ahead, (KIND == COMPACT ? 192 : 128) / n, sum);
         for (long i = first; i < end; i++) {
             Vec v[2];
             interpret(w, in, i, sum[i - first], v);
@@ -230,7 +261,27 @@ template <int KIND> void product(const Matrix &m, const Input &in, long panel, f
 // out = row `row` of the matrix as floats: how a token is looked up in the head's own weights, kept once
 template <int KIND> void read_row(const Matrix &m, long row, float *out) {
     constexpr long G = group(KIND);
-    const char *w = m.panel<KIND>(row / PANEL) + row % PANEL * 4;
+    const char *w = m.panel<KIND>(row / PANEL);
+    if constexpr (KIND == COMPACT) {
+        const Exponents exponents(w);
+        const long lane = row % PANEL / 16 * 32 + row % 16 * 2;  // of 64, its first
+        for (long k = 0; k < m.width; k += 4) {
+            __m512i four[4];
+            alignas(64) uint16_t bits[128];
+            exponents.unpack(w + 64 + k * 48, four);
+            for (int i = 0; i < 4; i++) _mm512_store_si512(bits + 32 * i, four[i]);
+            for (int g = 0; g < 4; g++) {
+                const uint32_t wide = (uint32_t)bits[g / 2 * 64 + lane + g % 2] << 16;
+                std::memcpy(out + k + g, &wide, 4);
+            }
+        }
+        for (long i = m.rest_of[row / PANEL]; i < m.rest_of[row / PANEL + 1]; i++)
+            if (const Rest &one = m.rest[i]; one.row == row % PANEL)
+                for (int g = 0; g < 2; g++)
+                    if (const uint32_t wide = g ? one.pair & 0xffff0000 : one.pair << 16) std::memcpy(out + 2 * one.step + g, &wide, 4);
+        return;
+    }
+    w += row % PANEL * 4;
     for (long k = 0; k < m.width; k++) {
         const char *at = w + k / G * 128 + k % G * (4 / G);
         uint32_t bits = 0;

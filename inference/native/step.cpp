@@ -9,7 +9,7 @@
 #include "product.h"
 #include "team.h"
 
-constexpr long VERSION = 2;  // of the structures and functions that inference/native_runner.py also knows
+constexpr long VERSION = 3;  // of the structures and functions that inference/native_runner.py also knows
 constexpr long ROWS = 512;   // rows computed at once; a longer step is cut into such parts, which changes no result
 constexpr long FEW = 2;      // so many rows are prepared by every thread for itself, which costs less than to meet
 
@@ -198,6 +198,7 @@ struct Step {
     void work(Member &me) {
         if (m.kind == F32) forward<F32>(me);
         else if (m.kind == BF16) forward<BF16>(me);
+        else if (m.kind == COMPACT) forward<COMPACT>(me);
         else forward<INT8>(me);
     }
 

@@ -1,0 +1,217 @@
+"""Pack a GPT's weights into what the native step reads: its structures, its memory, and the formats of its matrices.
+
+A model is packed weight by weight: of one that is still in its files only one is in memory unpacked. bf16 is kept in
+12 bits (compact.py), unless a matrix has too many exponents for them: then all of the model is kept in 16.
+"""
+
+import ctypes
+import mmap
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from inference.native.compact import MOST_REST, PANEL, compact, compact_bytes
+from model import GPTConfig
+
+CACHE_BLOCK = 64  # positions of a slot that lie together, as in attention.h
+F32, BF16, INT8, COMPACT = range(4)  # as in product.h; COMPACT: bfloat16 in 12 bits
+KINDS = {"fp32": (F32,), "bf16": (COMPACT, BF16), "int8": (INT8,)}  # the first that a model's weights fit into
+STORED = (torch.float32, torch.bfloat16, torch.uint8, torch.bfloat16)
+
+_P, _L = ctypes.c_void_p, ctypes.c_long
+
+
+class Matrix(ctypes.Structure):
+    _fields_ = [
+        *((name, _P) for name in ("weights", "scale", "bias")),
+        ("rows", _L),
+        ("width", _L),
+        ("rest", _P),
+        ("rest_of", _P),
+    ]
+
+
+class Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, _P) for name in ("norm1", "norm1_bias", "norm2", "norm2_bias")),
+        *((name, Matrix) for name in ("qkv", "out", "up", "down")),
+    ]
+
+
+class Model(ctypes.Structure):
+    _fields_ = [
+        *((name, _L) for name in ("layers", "heads", "width", "vocabulary", "block", "slots")),
+        *((name, _L) for name in ("kind", "gelu_new", "threads")),
+        *((name, _P) for name in ("positions", "norm", "norm_bias")),
+        *((name, Matrix) for name in ("tokens", "head")),
+        ("layer", ctypes.POINTER(Layer)),
+        ("cache", _P),
+    ]
+
+
+def up_to(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _give_back() -> None:
+    """Return freed memory to the system: glibc keeps what lies between blocks in use, here up to 3 times the model."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+class Arena:
+    """One stretch of anonymous memory that tensors are cut from; pages come when they are first written.
+
+    `huge` asks for 2 MiB pages, which make long streams faster; without it little is touched for little use.
+    """
+
+    def __init__(self, nbytes: int, huge: bool):
+        memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared has no huge pages
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
+        self._bytes, self._used, self._memory = torch.frombuffer(memory, dtype=torch.uint8), 0, memory
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return the next tensor, all zero, beginning at a multiple of 64 bytes."""
+        nbytes = torch.Size(shape).numel() * dtype.itemsize
+        start, self._used = self._used, self._used + up_to(nbytes, 64)
+        return self._bytes[start : start + nbytes].view(dtype).view(shape)
+
+    def release(self, start: int, end: int) -> None:
+        """Give whole pages between two offsets back; they read as zeros."""
+        start, end = up_to(start, mmap.PAGESIZE), end // mmap.PAGESIZE * mmap.PAGESIZE
+        if start < end and hasattr(mmap, "MADV_DONTNEED"):
+            self._memory.madvise(mmap.MADV_DONTNEED, start, end - start)
+
+
+class Weights(Protocol):
+    """What is packed: a GPT, or a model whose weights are still in its files."""
+
+    @property
+    def config(self) -> GPTConfig: ...
+
+    def get_parameter(self, target: str, /) -> Tensor:
+        """Return a parameter by its name in GPT."""
+        ...
+
+    def parts(self, name: str, /) -> Iterable[Tensor]:
+        """Give a parameter's rows in order; parts but the last have a multiple of PANEL rows."""
+        ...
+
+
+class _Spread(Exception):
+    """So many weights of a matrix have an exponent without a code that 12 bits do not pay."""
+
+
+class Packer:
+    """Turns a model's parameters into what the step reads, one after the other, and keeps the results alive."""
+
+    def __init__(self, config: GPTConfig, kind: int):
+        self.kind, self.stored = kind, STORED[kind]
+        self.kept: list[Tensor] = []
+        C, V = config.n_embd, config.vocab_size
+        shapes = [(3 * C, C), (C, C), (4 * C, C), (C, 4 * C)] * config.n_layer + [(V, C)] * (1 if config.tied else 2)
+        self.nbytes = sum(up_to(n, PANEL) // PANEL * self._panel_bytes(k) for n, k in shapes)
+        self._arena = Arena(self.nbytes, huge=True)
+
+    def floats(self, tensor: Tensor | None, length: int | None = None) -> int | None:
+        """Keep a float32 copy, with zeros up to `length`; return its address, None for None."""
+        if tensor is None:
+            return None
+        copy = torch.zeros(length or tensor.numel())
+        copy[: tensor.numel()] = tensor.detach().reshape(-1)
+        self.kept.append(copy)
+        return copy.data_ptr()
+
+    def matrix(self, shape: tuple[int, int], parts: Iterable[Tensor], bias: Tensor | None = None) -> Matrix:
+        """Pack weights (rows, width) in panels of 32 rows. Raises ValueError if one is not finite."""
+        rows, width = shape
+        padded = up_to(rows, PANEL)
+        packed, rest = self._arena.take((padded // PANEL, self._panel_bytes(width)), torch.uint8), []
+        scale, start = torch.zeros(padded), 0
+        small = (s for large in parts for s in torch.split(large.detach(), 16 * PANEL))  # so that copies are
+        for part in small:
+            part = F.pad(part.float(), (0, 0, 0, -len(part) % PANEL))
+            most = part.abs().amax(1)
+            if not most.isfinite().all():
+                raise ValueError("the model's weights hold a value that is not finite")
+            target = packed[start // PANEL : (start + len(part)) // PANEL]
+            if self.kind == COMPACT:
+                panels, apart = compact(part.to(self.stored))
+                target.copy_(panels)
+                rest.append(apart.add_(torch.tensor([start // PANEL, 0, 0, 0], dtype=torch.int32)))
+            else:
+                if self.kind == INT8:
+                    scale[start : start + len(part)] = most / 127
+                    part = (part * (127 / most.clamp(min=1e-30))[:, None]).round_().add_(128)
+                words = (
+                    part.to(self.stored).view(torch.int32).view(len(target), PANEL, -1)
+                )  # of a group of weights each
+                target.view(torch.int32).view(len(target), -1, PANEL).copy_(words.transpose(1, 2))
+            start += len(part)
+        matrix = Matrix(packed.data_ptr(), scale.data_ptr(), self.floats(bias, padded), padded, width)
+        if self.kind == COMPACT:
+            matrix.rest, matrix.rest_of = self._rest(torch.cat(rest), rows * width, len(packed))
+        _give_back()
+        self.kept += [packed, scale]
+        return matrix
+
+    def _rest(self, rest: Tensor, weights: int, panels: int) -> tuple[int, int]:
+        """Keep what has no code in a compact matrix; return its address and that of the panels' beginnings in it."""
+        if len(rest) > MOST_REST * weights:
+            raise _Spread
+        ends = torch.bincount(rest[:, 0], minlength=panels).cumsum(0)
+        of_panel = F.pad(ends, (1, 0)).to(torch.int32)
+        rest = rest[:, 1:].contiguous()
+        self.kept += [rest, of_panel]
+        return rest.data_ptr(), of_panel.data_ptr()
+
+    def _panel_bytes(self, width: int) -> int:
+        return compact_bytes(width) if self.kind == COMPACT else PANEL * width * self.stored.itemsize
+
+
+def _pack(model: Weights, packer: Packer, native: Model) -> None:
+    """Pack a model weight by weight: of one that is still in its files only one is in memory unpacked."""
+    config = model.config
+
+    def floats(name: str) -> int | None:
+        return packer.floats(model.get_parameter(name))
+
+    def norm(name: str) -> tuple[int | None, int | None]:
+        return floats(f"{name}.weight"), floats(f"{name}.bias") if config.bias else None
+
+    def matrix(name: str, rows: int, width: int) -> Matrix:
+        bias = model.get_parameter(f"{name}.bias") if config.bias else None
+        return packer.matrix((rows, width), model.parts(f"{name}.weight"), bias)
+
+    C, V = config.n_embd, config.vocab_size
+    native.tokens = packer.matrix((V, C), model.parts("transformer.wte.weight"))
+    native.head = native.tokens if config.tied else packer.matrix((V, C), model.parts("lm_head.weight"))
+    native.positions = floats("transformer.wpe.weight")
+    native.norm, native.norm_bias = norm("transformer.ln_f")
+    for i, layer in enumerate(native.layer[: config.n_layer]):
+        block = f"transformer.h.{i}"
+        layer.norm1, layer.norm1_bias = norm(f"{block}.ln_1")
+        layer.norm2, layer.norm2_bias = norm(f"{block}.ln_2")
+        layer.qkv, layer.out = matrix(f"{block}.attn.c_attn", 3 * C, C), matrix(f"{block}.attn.c_proj", C, C)
+        layer.up, layer.down = matrix(f"{block}.mlp.c_fc", 4 * C, C), matrix(f"{block}.mlp.c_proj", C, 4 * C)
+
+
+def pack(model: Weights, dtype: str, native: Model) -> Packer:
+    """Pack a model into `native`, whose shape and layers are set; return what keeps its memory alive.
+
+    Raises ValueError for a weight that is not finite.
+    """
+    for kind in KINDS[dtype]:
+        packer = Packer(model.config, kind)
+        try:
+            _pack(model, packer, native)
+        except _Spread:
+            continue
+        native.kind = kind
+        return packer
+    raise AssertionError(f"no format takes {dtype}")
