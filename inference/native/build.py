@@ -124,6 +124,7 @@ def run_sanitized(arguments: list[str]) -> int:
         "pytest",
         "-s",
         "--timeout=900",
+        "tests/test_native_packing.py",
         "tests/test_native_runner.py",
         *arguments,
     ]  # -s: its words

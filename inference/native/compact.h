@@ -11,7 +11,8 @@
 #pragma once
 #include "vector.h"
 
-struct Rest {          // a weight that is multiplied apart: a step in which all others are 0
+// A weight that is multiplied apart: a step in which all others are 0.
+struct Rest {
     int32_t step, row;  // row: of its panel
     uint32_t pair;      // the weight and, in the other half, 0
     __m512i of_rows(int first) const {  // the step's vector of 16 rows

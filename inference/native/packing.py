@@ -104,7 +104,7 @@ class Weights(Protocol):
 
 
 class _Spread(Exception):
-    """So many weights of a matrix have an exponent without a code that 12 bits do not pay."""
+    """Too many weights of a matrix have an exponent without a code: 12 bits would be slower than 16."""
 
 
 class Packer:
@@ -150,7 +150,7 @@ class Packer:
                     part = (part * (127 / most.clamp(min=1e-30))[:, None]).round_().add_(128)
                 words = (
                     part.to(self.stored).view(torch.int32).view(len(target), PANEL, -1)
-                )  # of a group of weights each
+                )  # each of a group of weights
                 target.view(torch.int32).view(len(target), -1, PANEL).copy_(words.transpose(1, 2))
             start += len(part)
         matrix = Matrix(packed.data_ptr(), scale.data_ptr(), self.floats(bias, padded), padded, width)
@@ -211,6 +211,7 @@ def pack(model: Weights, dtype: str, native: Model) -> Packer:
         try:
             _pack(model, packer, native)
         except _Spread:
+            del packer  # and with it what was packed
             continue
         native.kind = kind
         return packer

@@ -8,6 +8,7 @@
 // The order of additions of an output is the same in every tile: a row's result never depends on the other rows.
 #pragma once
 #include <algorithm>
+#include <span>
 #include <type_traits>
 
 #include "compact.h"
@@ -33,12 +34,16 @@ constexpr long group(long kind) { return kind == F32 ? 1 : kind == INT8 ? 4 : 2;
 constexpr bool narrow(long kind) { return kind == F32 ? false : kind == INT8 ? INT8_QUADS : BF16_PAIRS; }
 constexpr long words(long kind) { return narrow(kind) ? 1 : group(kind); }  // 4-byte words of an activation line per step
 
+constexpr long turn(long kind) { return kind == COMPACT ? 192 : 128; }      // bytes that are multiplied at once ...
+constexpr long unpacked(long kind) { return kind == COMPACT ? 256 : 128; }  // ... and what they would be in 16 bits
+
 struct Matrix {
     const char *weights;
     const float *scale, *bias;  // scale in int8 only; bias may be null
     long rows, width;           // rows: with padding, a multiple of 32
     const Rest *rest;           // COMPACT only: of panel p from rest_of[p] to rest_of[p + 1]
     const int32_t *rest_of;
+    std::span<const Rest> rest_in(long p) const { return {rest + rest_of[p], rest + rest_of[p + 1]}; }
     template <int KIND> const char *panel(long p) const {
         return weights + p * (KIND == COMPACT ? compact_bytes(width) : width / group(KIND) * 128);
     }
@@ -157,12 +162,18 @@ inline Ints add_product(Ints sum, __m512i w, __m512i x) { return (Ints)_mm512_dp
 #endif
 template <int KIND> using Sum = std::conditional_t<KIND == INT8 && INT8_QUADS, Ints, Vec>;
 
+// What is fetched into the second cache while something else is multiplied: from `at` on, `stride` bytes a turn.
+struct Fetch {
+    const char *at;
+    long stride;
+};
+
 // result[r] = a panel's 32 rows times line r, for the R lines of a tile. Fetches weights NEAR bytes ahead into the first
-// cache; for more than a few lines also those of a later panel, `stride` bytes a turn from `ahead` on, into the second.
+// cache; tiles of more than a few lines have time for two other streams. Of a compact panel the unpacked form is kept in
+// `copy` unless it is null.
 template <int KIND, int R>
-void multiply(const Matrix &m, long panel, const int32_t *a, const char *ahead, long stride, Sum<KIND> (*result)[2]) {
-    const char *w = m.panel<KIND>(panel);
-    const long steps = m.width / group(KIND);
+void multiply(const char *w, long steps, const int32_t *a, std::span<const Rest> rest, char *copy, Fetch next, Fetch later,
+              Sum<KIND> (*result)[2]) {
     Sum<KIND> sum[R][2];  // its own, so that it stays in registers
     for (auto &s : sum) s[0] = s[1] = Sum<KIND>{};
     const auto add = [&](auto low, auto high) {
@@ -179,37 +190,49 @@ void multiply(const Matrix &m, long panel, const int32_t *a, const char *ahead, 
         else
             for (int g = 0; g < words(KIND); g++) add(widen<KIND>(low, g), widen<KIND>(high, g));
     };
-    constexpr long turn = KIND == COMPACT ? 192 : 128;
     const auto fetch = [&] {
-        for (long k = 0; k < turn; k += 64) {
-            _mm_prefetch(w + NEAR + k, _MM_HINT_T0);
-            if (R > 4) _mm_prefetch(ahead + k, _MM_HINT_T1);
+        for (long k = 0; k < turn(KIND); k += 64) _mm_prefetch(w + NEAR + k, _MM_HINT_T0);
+        if (R > 4) {
+            for (long k = 0; k < turn(KIND); k += 64) _mm_prefetch(next.at + k, _MM_HINT_T1);
+            next.at += next.stride;
         }
+        if (R > 4 && later.at) {
+            for (long k = 0; k < 128; k += 64) _mm_prefetch(later.at + k, _MM_HINT_T1);
+            later.at += later.stride;
+        }
+        w += turn(KIND);
     };
+    const int32_t *first = a;
+    _mm_prefetch(rest.data(), _MM_HINT_T0);
     if constexpr (KIND == COMPACT) {
-        const int32_t *begin = a;
         const Exponents exponents(w);
-        const Rest *rest = m.rest + m.rest_of[panel], *end = m.rest + m.rest_of[panel + 1];
-        _mm_prefetch(rest, _MM_HINT_T0);
         w += 64;
-        for (long i = 0; i < steps; i += 2, w += turn, ahead += stride) {
-            fetch();
+        for (long i = 0; i < steps; i += 2) {
             __m512i four[4];
             exponents.unpack(w, four);
+            if (copy)
+                for (int j = 0; j < 4; j++, copy += 64) _mm512_store_si512(copy, four[j]);
+            fetch();
             add_step(four[0], four[1]);
             add_step(four[2], four[3]);
         }
-        for (; rest < end; rest++) {
-            a = begin + rest->step * words(KIND) * R;
-            add_step(rest->of_rows(0), rest->of_rows(16));
-        }
     } else
-        for (long i = 0; i < steps; i++, w += turn, ahead += stride) {
+        for (long i = 0; i < steps; i++) {
+            const __m512i low = _mm512_load_si512(w), high = _mm512_load_si512(w + 64);
             fetch();
-            add_step(_mm512_load_si512(w), _mm512_load_si512(w + 64));
+            add_step(low, high);
+        }
+    if constexpr (group(KIND) == 2)
+        for (const Rest &one : rest) {
+            a = first + one.step * words(KIND) * R;
+            add_step(one.of_rows(0), one.of_rows(16));
         }
     for (int r = 0; r < R; r++) result[r][0] = sum[r][0], result[r][1] = sum[r][1];
 }
+template <int KIND>
+constexpr decltype(&multiply<KIND, 1>) TILES[MOST] = {
+    multiply<KIND, 1>, multiply<KIND, 2>, multiply<KIND, 3>, multiply<KIND, 4>,  multiply<KIND, 5>,  multiply<KIND, 6>,
+    multiply<KIND, 7>, multiply<KIND, 8>, multiply<KIND, 9>, multiply<KIND, 10>, multiply<KIND, 11>, multiply<KIND, 12>};
 
 // out = what the sums of line i stand for: in int8 with its scale and far values
 inline void interpret(const char *, const Input &, long, const Vec (&sum)[2], Vec (&out)[2]) { out[0] = sum[0], out[1] = sum[1]; }
@@ -227,20 +250,34 @@ inline void interpret(const char *w, const Input &in, long i, const Ints (&sum)[
 }
 #endif
 
+// Memory that is read after a product: runs of `bytes` each, `offset` behind the addresses. The product fetches what lies
+// from `from` to `to` when the runs are thought of as one.
+struct Later {
+    std::span<const char *const> addresses;
+    long offset = 0, bytes = 1, from = 0, to = 0;
+    Fetch part(long i, long n, long turns) const {
+        const long at = from + (to - from) * i / n;
+        return {addresses[at / bytes] + offset + at % bytes, std::min((to - from) / n / turns, 128L)};
+    }
+};
+
 // One panel's 32 outputs for every line of `in`: out[line][panel * 32 ...], `stride` floats from line to line.
 // Several tiles fetch the next panel between them, each its part, so that memory is never idle while they multiply
-// (13 % of a step of 16 rows); a single tile of many lines fetches far ahead (20 % at 8 rows), of few it need not.
-template <int KIND> void product(const Matrix &m, const Input &in, long panel, float *out, long stride, Then then) {
-    static constexpr decltype(&multiply<KIND, 1>) tiles[MOST] = {
-        multiply<KIND, 1>, multiply<KIND, 2>, multiply<KIND, 3>, multiply<KIND, 4>,  multiply<KIND, 5>,  multiply<KIND, 6>,
-        multiply<KIND, 7>, multiply<KIND, 8>, multiply<KIND, 9>, multiply<KIND, 10>, multiply<KIND, 11>, multiply<KIND, 12>};
+// (13 % of a step of 16 rows), and with it `later`; a single tile of many lines fetches far ahead (20 % at 8 rows), of few
+// it need not. Only the first tile unpacks a compact panel, into `room`.
+template <int KIND>
+void product(const Matrix &m, const Input &in, long panel, float *out, long stride, Then then, char *room, const Later &later) {
+    constexpr int AGAIN = KIND == COMPACT ? BF16 : KIND;
     const char *w = m.panel<KIND>(panel), *next = m.panel<KIND>(panel + 1);
-    const long n = in.tiles();
+    const long steps = m.width / group(KIND), n = in.tiles(), tiles = m.rows / PANEL * n;
+    const std::span<const Rest> rest = KIND == COMPACT ? m.rest_in(panel) : std::span<const Rest>{};
     Sum<KIND> sum[MOST][2];
     for (long t = 0; t < n; t++) {
-        const long first = in.first(t), end = in.first(t + 1);
-        const char *ahead = n > 1 ? next + t * (next - w) / n : w + FAR;
-        tiles[end - first - 1](m, panel, in.line<KIND>(first), ahead, (KIND == COMPACT ? 192 : 128) / n, sum);
+        const long first = in.first(t), end = in.first(t + 1), turns = t ? steps : steps * 128 / unpacked(KIND);
+        const Fetch ahead = n > 1 ? Fetch{next + t * (next - w) / n, (next - w) / n / turns} : Fetch{w + FAR, turn(KIND)};
+        const Fetch after = n > 1 && later.to > later.from ? later.part(panel * n + t, tiles, turns) : Fetch{nullptr, 0};
+        const auto tile = (t ? TILES<AGAIN> : TILES<KIND>)[end - first - 1];
+        tile(t && KIND == COMPACT ? room : w, steps, in.line<KIND>(first), rest, n > 1 ? room : nullptr, ahead, after, sum);
         for (long i = first; i < end; i++) {
             Vec v[2];
             interpret(w, in, i, sum[i - first], v);
@@ -275,10 +312,12 @@ template <int KIND> void read_row(const Matrix &m, long row, float *out) {
                 std::memcpy(out + k + g, &wide, 4);
             }
         }
-        for (long i = m.rest_of[row / PANEL]; i < m.rest_of[row / PANEL + 1]; i++)
-            if (const Rest &one = m.rest[i]; one.row == row % PANEL)
-                for (int g = 0; g < 2; g++)
-                    if (const uint32_t wide = g ? one.pair & 0xffff0000 : one.pair << 16) std::memcpy(out + 2 * one.step + g, &wide, 4);
+        for (const Rest &one : m.rest_in(row / PANEL))
+            if (one.row == row % PANEL)
+                for (int g = 0; g < 2; g++) {
+                    const uint32_t wide = g ? one.pair & 0xffff0000 : one.pair << 16;
+                    if (wide) std::memcpy(out + 2 * one.step + g, &wide, 4);
+                }
         return;
     }
     w += row % PANEL * 4;
