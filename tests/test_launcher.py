@@ -15,7 +15,7 @@ from test_train import ROOT, TEXT, TINY, Place, same_weights
 
 from learning.launcher import cause, ended, threads_each
 from storage import checkpoints
-from training import metrics
+from training import admission, hardware, metrics
 from training.config import ConfigError, TrainConfig, resolve
 from training.hardware import require_devices
 from training.job import Job, ranks_of
@@ -191,6 +191,19 @@ def test_each_process_needs_a_gpu_of_its_own():
     for device, there in (("cuda", 1), ("auto", 1), ("cuda", 0)):
         with pytest.raises(ConfigError, match=f"nproc_per_node is 2, and this machine has {there} GPUs"):
             require_devices(device, 2, there)
+
+
+def test_a_server_counts_the_gpus_without_torch_and_refuses_a_job_that_wants_more(place, monkeypatch):
+    monkeypatch.setattr(hardware, "GPUS", place.workspace.root)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    assert hardware.gpus() == len(list(place.workspace.root.iterdir())) == 1
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert hardware.gpus() == 0
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    config = resolve(TrainConfig.parse(TINY | {"output_dir": "out/a", "device": "auto"} | TWO))
+    with pytest.raises(ConfigError, match="nproc_per_node is 2, and this machine has 1 GPUs"):
+        admission.check(config, place.workspace, place.run("a"))
+    admission.check(config.model_copy(update={"device": "cpu"}), place.workspace, place.run("a"))
 
 
 def test_a_rank_is_what_torchrun_says_and_what_our_launcher_adds(tmp_path):

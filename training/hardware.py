@@ -8,6 +8,8 @@ from pathlib import Path
 
 from training.strict_model import ConfigError
 
+GPUS = Path("/proc/driver/nvidia/gpus")  # a folder for each, from the driver
+
 # Dense bf16 operations per second, from the makers' data sheets.
 BF16_PEAK = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
 
@@ -69,7 +71,7 @@ def choose_device(asked: str, there: Mapping[str, int], local_rank: int) -> str:
 
 def gpus() -> int:
     """Return how many NVIDIA GPUs programs may use here, 0 where the driver does not say."""
-    there = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+    there = len(list(GPUS.glob("*")))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return there if visible is None else min(there, len([name for name in visible.split(",") if name.strip()]))
 
