@@ -280,7 +280,7 @@ def train(config: TrainConfig, workspace: Workspace, run: Run, team: Team, outco
     operations = model.flops_per_token(trainer.window)
     report.start(model.num_params(), trainer.window, operations, machine.peak(), team.world)
 
-    stop.looping = True
+    stop.enter_loop()
     while True:
         try:
             return loop(trainer, run, report, outcome)

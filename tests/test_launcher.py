@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -19,6 +20,7 @@ from training import admission, hardware, metrics
 from training.config import ConfigError, TrainConfig, resolve
 from training.hardware import require_devices
 from training.job import Job, ranks_of
+from training.process import children
 from training.rank import FOLDER, LAUNCHER, NOTE, Rank
 
 FIELDS = TINY | {"max_iters": 120, "eval_interval": 20, "eval_iters": 1, "sample_tokens": 0, "learning_rate": 1e-3}
@@ -130,6 +132,20 @@ def test_a_resumed_run_of_several_processes_repeats_the_bits_of_one_never_stoppe
         assert launcher.wait(60) == 0, log(place, "resumed")
     assert place.losses("straight") == place.losses("resumed") and len(place.losses("straight")) == 41
     assert same_weights(place.state("straight"), place.state("resumed"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("seconds", [0, 2, 4])
+def test_a_request_to_stop_before_the_first_iteration_ends_all_at_once(place, seconds):
+    with trainer(place, "two", **TWO, max_iters=100_000) as launcher:
+        until(lambda: children(launcher.pid))
+        time.sleep(seconds)  # somewhere on the way to the first iteration, or a little after it
+        began = time.monotonic()
+        launcher.send_signal(signal.SIGTERM)
+        assert launcher.wait(60) == 0, log(place, "two")
+    assert time.monotonic() - began < 25
+    assert not place.run("two").result.exists() or place.result("two")["state"] == "stopped"
 
 
 @pytest.mark.timeout(120)

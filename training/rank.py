@@ -47,10 +47,13 @@ class Rank:
     def bind(self) -> None:
         """Tie this process to our launcher, if it has one: it dies when the launcher does, and yields as it does.
 
+        A request to stop ends it at once from here on, until the training loop listens.
         Only process 0 prints: the others have the same to say. Raises SystemExit if the launcher is gone.
         """
         if self.launcher is None:
             return
+        for number in (signal.SIGTERM, signal.SIGINT):  # until it trains it may wait for the others, deaf to Python
+            signal.signal(number, signal.SIG_DFL)
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != self.launcher:  # it ended before the line above
             raise SystemExit(1)

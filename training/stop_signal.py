@@ -18,15 +18,23 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.requested = False
-        self.looping = False  # set by the training loop, which then looks at `requested` itself
+        self.looping = False
 
     @classmethod
     def installed(cls) -> Self:
         """Return one that receives SIGTERM and SIGINT from here on; only the main thread may call this."""
         made = cls()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, made._received)
+        made._listen()
         return made
+
+    def enter_loop(self) -> None:
+        """Only take note of a signal from here on; the training loop looks at `requested` itself."""
+        self.looping = True
+        self._listen()  # a process of several has not listened before
+
+    def _listen(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._received)
 
     def _received(self, number: int, frame: FrameType | None) -> None:
         again, self.requested = self.requested, True
