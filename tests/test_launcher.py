@@ -311,6 +311,7 @@ def test_a_job_on_several_devices_outlives_the_server_and_goes_on_after_a_stop(r
         until(lambda: job(server)["state"] == "stopped")
         reached = job(server)["iter_num"]
         server.post("/api/jobs/two/resume", {"max_iters": reached + 20})
-        until(lambda: job(server)["state"] == "succeeded")
+        until(lambda: job(server)["state"] not in ("queued", "running"), 100)
+        assert job(server)["state"] == "succeeded", (root / "out" / "two" / "train.log").read_text()[-3000:]
         rows = [row["iter_num"] for row in metrics.read(root / "out" / "two" / "metrics.jsonl") if "loss" in row]
         assert rows == list(range(1, reached + 21))
