@@ -184,6 +184,7 @@ def build(settings: Settings, workspace: Workspace) -> tuple[Flask, ServerProces
         max_waiting_tokens=settings.max_waiting_tokens,
         prefill_tokens=settings.prefill_tokens,
         request_timeout=settings.request_timeout,
+        speculation=settings.speculation,
         memory=half_of_memory(settings.device) if memory is None else memory,
     )
     allow = partial(check_allowed, settings)

@@ -33,6 +33,7 @@ def ours(folder: Path, root: Path, dtype: str, threads: int, slots: int, port: i
     """Return the command of our server with a model folder; `root` is its own folder."""
     command = [sys.executable, str(ROOT / "api_server.py"), "--port", str(port), "--root", str(root)]
     command += ["--model_type", folder.name, "--pretrained_dir", str(folder.parent), "--dtype", dtype]
+    command += ["--speculation", "0"]  # random weights write in loops: drafts would be right too often
     return [*command, "--threads", str(threads), "--slots", str(slots), "--prefill_tokens", "2048"]
 
 

@@ -43,6 +43,7 @@ def prepare(args: argparse.Namespace) -> tuple[str, Callable[[list[list[int]], i
         slots=args.slots,
         threads=args.threads,
         prefill_tokens=args.prefill_tokens,
+        speculation=False,  # random weights write in loops: drafts would be right far more often than in real text
         loader=open_model,
         build=torch_runner if args.runner == "torch" else build_runner,
     )

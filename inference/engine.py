@@ -22,7 +22,7 @@ from inference import sequence as seq
 from inference.admission import Admission
 from inference.backend import Footprint, ServedModel
 from inference.build import RunnerOptions, build_runner
-from inference.lane import NO_CACHE, Lane
+from inference.lane import NO_FIGURES, Lane
 from inference.loading import ModelSource
 from inference.pool import ModelPool
 from inference.sequence import Generation, SamplingParams
@@ -82,11 +82,13 @@ class Engine:
         prefill_tokens: int = 2048,
         request_timeout: float | None = 600.0,
         memory: int | None = None,
+        speculation: bool = True,
         loader: "Loader" = open_model,
         build: "Builder" = build_runner,
     ):
         self._options = RunnerOptions(device, dtype, slots, threads, cache_memory)
         self._prefill_tokens, self._request_timeout = prefill_tokens, request_timeout
+        self._speculation = speculation
         self._admission = Admission(max_waiting, max_waiting_tokens)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._source = ModelSource(workspace, self._options, loader, build)
@@ -197,7 +199,8 @@ class Engine:
         self._pool.forget(name)
 
     def _new_lane(self, served: ServedModel, runner: "ModelRunner") -> Lane:
-        return Lane(served, runner, self._admission, self._prefill_tokens, self._options.cache_memory)
+        memory = self._options.cache_memory
+        return Lane(served, runner, self._admission, self._prefill_tokens, memory, self._speculation)
 
     def _wake(self) -> None:
         self._inbox.put(lambda: None)
@@ -221,7 +224,7 @@ class Engine:
             "memory_bytes": sum(lane.served.memory_bytes for lane in lanes),
             "loading": self._pool.loading,
             "heartbeat_age": self.heartbeat_age(),
-            **(NO_CACHE if lane is None else lane.cache()),
+            **(NO_FIGURES if lane is None else lane.figures()),
         }
 
     def heartbeat_age(self) -> float:

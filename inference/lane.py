@@ -9,7 +9,7 @@ import logging
 import math
 import sys
 import time
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import TYPE_CHECKING
 
 from inference.admission import Admission
@@ -25,11 +25,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-NO_CACHE = dict.fromkeys(("cache_tokens", "cache_kept", "cache_capacity", "cache_bytes", "cache_saved"), 0)
+NO_FIGURES = dict.fromkeys(("cache_tokens", "cache_kept", "cache_capacity", "cache_bytes", "cache_saved"), 0)
+NO_FIGURES |= {"drafted_tokens": 0, "accepted_tokens": 0}
 
 
 class Lane:
-    """Run the sequences of one model. `cache_memory` is the most bytes of keys and values; None: of full slots."""
+    """Run the sequences of one model. `cache_memory` is the most bytes of keys and values; None: of full slots.
+
+    `speculation` lets greedy sequences draft tokens where the runner's rows are independent.
+    """
 
     def __init__(
         self,
@@ -38,13 +42,14 @@ class Lane:
         admission: Admission,
         prefill_tokens: int,
         cache_memory: int | None = None,
+        speculation: bool = False,
     ):
         self.served, self.runner, self.admission = served, runner, admission
         positions = runner.slots * whole_blocks(runner.block_size)
         if cache_memory is not None:
             positions = min(positions, cache_memory // runner.position_bytes)
         self.slots = Slots(runner.slots, positions, runner.copy, runner.release)
-        self.scheduler = Scheduler(self.slots, prefill_tokens)
+        self.scheduler = Scheduler(self.slots, prefill_tokens, speculation and runner.independent)
         self.vocab_size = min(served.vocab_size, served.tokenizer.n_vocab)  # ids above are padding: no text
         self.retired = False  # a newer model serves; this one ends what it has
 
@@ -82,39 +87,46 @@ class Lane:
     def _generate(self, step: Step) -> int:
         started = time.monotonic()
         try:
-            tokens = self._compute(step)
+            chosen = self._compute(step)
         except Exception:
             logger.exception("a step of %d sequences failed; each is tried alone", len(step.shares))
             return sum(self._step_alone(share) for share in step.shares)
-        prefilled = len(step.tokens) - step.decoding
-        self.scheduler.budget.observe(step.decoding, prefilled, time.monotonic() - started)
-        for share, token in zip(step.shares, tokens, strict=True):
-            self._emit(share, token)
-        return sum(share.samples for share in step.shares)
+        self.scheduler.budget.observe(step.decoding, step.prefilled, time.monotonic() - started)
+        for share, tokens in zip(step.shares, chosen, strict=True):
+            if share.draft:
+                self.scheduler.speculation.learn(share.sequence, len(share.draft), len(tokens) - 1)
+            self._emit(share, tokens)
+        return sum(map(len, chosen))
 
     def _step_alone(self, share: Share) -> int:
-        """Compute one share of a step that failed; return its tokens. One that fails again ends its sequence."""
+        """Compute one share of a step that failed, without its draft; return how many tokens came of it.
+
+        One that fails again ends its sequence.
+        """
         sequence, step = share.sequence, Step()
         sequence.rewind()
         if sequence.slot is None:
             raise AssertionError(f"{sequence.id} runs without a slot")
-        step.add(sequence, sequence.slot, share.count)
+        step.add(sequence, sequence.slot, share.count - len(share.draft))
         try:
-            (token,) = self._compute(step)
+            (tokens,) = self._compute(step)
         except Exception as error:
             logger.error("%s failed alone, too: %s", sequence.id, type(error).__name__)
             self.finish(sequence, FinishReason.ERROR, Failure.STEP)
             return 0
-        self._emit(share, token)
-        return int(share.samples)
+        self._emit(share, tokens)
+        return len(tokens)
 
-    def _compute(self, step: Step) -> list[Token | None]:
-        """Return the token that each share has chosen; None where it chose none, or its logits are unsound.
+    def _compute(self, step: Step) -> list[list[Token | None]]:
+        """Return the tokens that each share has chosen: none of a prompt's beginning, several with a good draft.
 
-        What fails leaves the sequences as they were, but for their generators.
+        The last one is None where its logits are unsound. What fails leaves the sequences as they were, but for their
+        generators.
         """
         logits = self.runner.rows(step.tokens, step.slots, step.positions, step.want)[:, : self.vocab_size]
-        row, last = 0, []
+        row = 0
+        last: list[int] = []  # the rows to choose tokens from
+        choosing: list[Sequence] = []
         scored: list[tuple[Sequence, list[Token]]] = []
         for share in step.shares:
             sequence = share.sequence
@@ -123,16 +135,15 @@ class Lane:
                 scores = score(logits[row : row + share.scores], following, sequence.params.logprobs)
                 scored.append((sequence, scores))
             row += share.scores + share.samples
-            if share.samples:
-                last.append(row - 1)
-        choosing = [share.sequence for share in step.shares if share.samples]
+            last += range(row - share.samples, row)
+            choosing += [sequence] * share.samples
         best = self.runner.last_argmax
         greatest = None if best is None else [best[row] for row in last]
         chosen = iter(sample(logits if len(last) == len(logits) else logits[last], choosing, greatest) if last else ())
         step.advance()
         for sequence, scores in scored:
             sequence.prompt_logprobs.extend(scores)
-        return [next(chosen) if share.samples else None for share in step.shares]
+        return [share.accept(list(islice(chosen, share.samples))) for share in step.shares]
 
     def _embed(self, step: Step) -> None:
         """Compute one step of sequences that embed; a failure ends the sequence at fault, no other."""
@@ -168,8 +179,8 @@ class Lane:
                 alone.add(sequence, sequence.slot, share.count)
                 self._embed(alone)
 
-    def _emit(self, share: Share, token: Token | None) -> None:
-        """Put a token, and end its sequence where it is the last."""
+    def _emit(self, share: Share, tokens: list[Token | None]) -> None:
+        """Put a share's tokens, and end its sequence where they end it, which only the last one can."""
         sequence = share.sequence
         if share.scores and math.isnan(sequence.prompt_logprobs[-1].logprob or 0.0):
             self.finish(sequence, FinishReason.ERROR, Failure.NOT_A_NUMBER)
@@ -178,14 +189,15 @@ class Lane:
             if sequence.output_limit == 0 and not sequence.in_prefill:
                 self.finish(sequence, FinishReason.LENGTH)
             return
-        if token is None:
-            self.finish(sequence, FinishReason.ERROR, Failure.NOT_A_NUMBER)
-            return
-        if sequence.first_token_at is None:
-            sequence.first_token_at = time.monotonic()
-        sequence.output_ids.append(token.token_id)
-        sequence.events.put(token)
-        if token.token_id in sequence.stop_ids:
+        for token in tokens:
+            if token is None:
+                self.finish(sequence, FinishReason.ERROR, Failure.NOT_A_NUMBER)
+                return
+            if sequence.first_token_at is None:
+                sequence.first_token_at = time.monotonic()
+            sequence.output_ids.append(token.token_id)
+            sequence.events.put(token)
+        if sequence.output_ids[-1] in sequence.stop_ids:
             self.finish(sequence, FinishReason.STOP)
         elif len(sequence.output_ids) >= sequence.output_limit:
             self.finish(sequence, FinishReason.LENGTH)
@@ -203,15 +215,17 @@ class Lane:
         for sequence in [*self.scheduler.waiting, *self.scheduler.running]:
             self.finish(sequence, FinishReason.ERROR, error)
 
-    def cache(self) -> dict[str, int]:
-        """Return how many tokens the cache holds and may hold, and how many it has saved; any thread may ask."""
-        slots = self.slots
+    def figures(self) -> dict[str, int]:
+        """Return what the cache holds, may hold and has saved, and how drafts have gone; any thread may ask."""
+        slots, speculation = self.slots, self.scheduler.speculation
         return {
             "cache_tokens": slots.held,  # reserved for running requests, or kept
             "cache_kept": slots.kept,  # of ended requests, for those that begin alike
             "cache_capacity": slots.positions,
             "cache_bytes": slots.held * self.runner.position_bytes,
             "cache_saved": slots.saved,
+            "drafted_tokens": speculation.drafted,
+            "accepted_tokens": speculation.accepted,
         }
 
     def close(self) -> None:

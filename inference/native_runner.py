@@ -20,6 +20,7 @@ from inference.native.build import CannotBuild, library
 from inference.native.machine import available_cores
 from inference.native.packing import CACHE_BLOCK, KINDS, Arena, Layer, Model, Weights, pack, up_to
 from inference.runner import check_copy, check_slot
+from inference.speculation import ROWS
 from model import GPTConfig
 
 VERSION = 3  # as in step.cpp
@@ -49,6 +50,7 @@ class NativeRunner:
 
     name = "native"
     device = "cpu"
+    independent = True
 
     def __init__(self, model: Weights, slots: int, dtype: str, threads: int | None = None):
         """Pack `model`, which may be freed afterwards. `threads` None is every core that is ours.
@@ -78,7 +80,7 @@ class NativeRunner:
         native.cache = self._cache = cache.take((1,), torch.uint8).data_ptr()
         self.packed_bytes = packer.nbytes
         self._width = native.head.rows  # of a row of logits, with padding
-        self._logits = torch.empty(slots, self._width)  # kept: fresh memory would cost its first touch
+        self._logits = torch.empty(max(slots, ROWS), self._width)  # kept: fresh memory would cost its first touch
         self._lib = _load()
         step = self._lib.step_open(ctypes.byref(native))
         if step is None:
@@ -106,7 +108,7 @@ class NativeRunner:
     ) -> Tensor:
         """Compute one step (see ModelRunner.rows). Raises ValueError for a row or a wanted row out of bounds."""
         order = sorted(set(want))
-        few = len(order) <= self.slots
+        few = len(order) <= len(self._logits)
         logits = self._logits[: len(order)] if few else torch.empty(len(order), self._width)
         best = array("q", order)
         self._compute(tokens, slots, positions, want, order, (logits.data_ptr(), best.buffer_info()[0], None))

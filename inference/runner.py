@@ -21,6 +21,9 @@ class ModelRunner(Protocol):
     block_size: int  # the longest sequence, in tokens
     vocab_size: int
     position_bytes: int  # of the keys and values of one position
+    independent: (
+        bool  # a row's logits are the same bits in any step, so that the engine may draft tokens and check them
+    )
     last_argmax: list[int] | None  # where the greatest logit of each row of the last result is, if that is known
 
     def rows(

@@ -45,19 +45,12 @@ def sample(logits: Tensor, sequences: list[Sequence], greatest: list[int] | None
 
 def _known(logits: Tensor, sequences: list[Sequence], greatest: list[int]) -> list[tuple[int, int]]:
     """Return (row, token id) of the rows whose choice is their greatest logit, where that is a finite number."""
-    places = [(i, greatest[i]) for i, s in enumerate(sequences) if _unchanged(s) and greatest[i] < logits.size(-1)]
+    places = [(i, greatest[i]) for i, s in enumerate(sequences) if s.takes_greatest and greatest[i] < logits.size(-1)]
     if not places:
         return []
     rows, ids = zip(*places, strict=True)
     finite = logits[list(rows), list(ids)].isfinite().tolist()
     return [place for place, sound in zip(places, finite, strict=True) if sound]
-
-
-def _unchanged(s: Sequence) -> bool:
-    """Say whether a greedy sequence takes the greatest logit as it is."""
-    p = s.params
-    penalties = p.logit_bias or p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
-    return p.greedy and not penalties and len(s.output_ids) >= p.min_tokens
 
 
 def _sample(logits: Tensor, sequences: list[Sequence]) -> list[Token | None]:

@@ -1,15 +1,17 @@
 """Who computes what in the next step: waiting and running sequences, and the rows they want.
 
 A sequence waits, then runs in a slot until it is removed. A step carries one token of every
-sequence that decodes and a bounded number of prompt tokens of those in prefill, so that a long
-prompt does not stall running streams. Pure Python, no torch; owned by the engine's thread.
+sequence that decodes, with its draft where rows are to spare, and a bounded number of prompt tokens of those in
+prefill, so that a long prompt does not stall running streams. Pure Python, no torch; owned by the engine's thread.
 """
 
 from collections import Counter, deque
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
-from inference.sequence import Sequence
+from inference.sequence import Sequence, Token
 from inference.slots import Slots
+from inference.speculation import Speculation
 
 LEAST_PREFILL = 16  # prompt tokens per step at least: fewer cost a step nearly as much
 FIRST_PREFILL = 16  # as long as nothing was measured: a second or two of a large model on a small CPU
@@ -23,17 +25,27 @@ class Share:
 
     sequence: Sequence
     count: int  # neighbouring rows
-    decodes: bool  # one row, of an output token
+    decodes: bool  # the rows of an output token and its draft
     scores: int  # wanted logits that predict prompt tokens
-    samples: bool  # the last row's logits are wanted to choose the next token
+    samples: int  # rows at the end whose logits are wanted to choose tokens: of the last known one and its draft
+    draft: Items[int] = ()  # tokens that may follow
+
+    def accept(self, chosen: list[Token | None]) -> list[Token | None]:
+        """Return the chosen tokens up to the first that a draft has not foreseen; the rows after it are forgotten."""
+        for i, drafted in enumerate(self.draft):
+            token = chosen[i]
+            if token is None or token.token_id != drafted or drafted in self.sequence.stop_ids:
+                self.sequence.computed -= len(self.draft) - i
+                return chosen[: i + 1]
+        return chosen
 
 
 @dataclass(frozen=True)
 class Step:
     """The rows of one call of `ModelRunner.rows`, and whose they are.
 
-    The wanted logits come in the order of `shares`: for each its `scores`, then one if it `samples`. Of a sequence
-    that `embeds` every row is wanted.
+    The wanted logits come in the order of `shares`: for each its `scores`, then its `samples`. Of a sequence that
+    `embeds` every row is wanted.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -42,25 +54,27 @@ class Step:
     want: list[int] = field(default_factory=list)
     shares: list[Share] = field(default_factory=list)
 
-    def add(self, sequence: Sequence, slot: int, count: int) -> None:
-        """Add the next `count` tokens of a sequence."""
+    def add(self, sequence: Sequence, slot: int, count: int, draft: Items[int] = ()) -> None:
+        """Add the next `count` tokens of a sequence; of one that decodes there is one, and its draft."""
+        count += len(draft)
         first, start, end = len(self.tokens), sequence.computed, sequence.computed + count
         prompt = len(sequence.prompt_ids)
         decodes = start >= prompt
-        samples = end >= prompt and sequence.output_limit > 0
+        samples = 1 + len(draft) if end >= prompt and sequence.output_limit > 0 else 0
         scores = 0
         if sequence.params.prompt_logprobs and not decodes:
             scores = min(end, prompt - 1) - start  # row i predicts prompt token i + 1
         if sequence.embeds:
-            scores, samples = 0, False
+            scores, samples = 0, 0
             self.want.extend(range(first, first + count))
-        self.tokens.extend([sequence.output_ids[start - prompt]] if decodes else sequence.prompt_ids[start:end])
+        known = [sequence.output_ids[start - prompt]] if decodes else sequence.prompt_ids[start:end]
+        self.tokens.extend(known)
+        self.tokens.extend(draft)
         self.slots.extend([slot] * count)
         self.positions.extend(range(start, end))
         self.want.extend(range(first, first + scores))
-        if samples:
-            self.want.append(first + count - 1)
-        self.shares.append(Share(sequence, count, decodes, scores, samples))
+        self.want.extend(range(first + count - samples, first + count))
+        self.shares.append(Share(sequence, count, decodes, scores, samples, draft))
 
     def advance(self) -> None:
         """Note that the rows were computed."""
@@ -71,6 +85,11 @@ class Step:
     def decoding(self) -> int:
         """Return how many sequences decode."""
         return sum(share.decodes for share in self.shares)
+
+    @property
+    def prefilled(self) -> int:
+        """Return how many prompt tokens are computed."""
+        return sum(share.count for share in self.shares if not share.decodes)
 
 
 class PrefillBudget:
@@ -108,8 +127,9 @@ class PrefillBudget:
 class Scheduler:
     """Give slots to waiting sequences, evenly among owners and else in the order they came, and build steps."""
 
-    def __init__(self, slots: Slots, prefill_tokens: int):
+    def __init__(self, slots: Slots, prefill_tokens: int, speculation: bool = False):
         self.slots, self.budget = slots, PrefillBudget(prefill_tokens)
+        self.speculation = Speculation(speculation)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in the order they started
 
@@ -155,8 +175,9 @@ class Scheduler:
                     prefill.append((sequence, sequence.slot))
             else:
                 decode.append((sequence.slot, sequence))
+        drafts = {} if prefill else self.speculation.drafts(sequence for _, sequence in decode)
         for slot, sequence in sorted(decode, key=lambda pair: pair[0]):  # runners like neighbouring slots
-            step.add(sequence, slot, 1)
+            step.add(sequence, slot, 1, drafts.get(sequence, ()))
         left = self.budget.tokens(decoding=any(len(s.output_ids) > 1 for _, s in decode))
         for sequence, slot in prefill:
             count = min(left, len(sequence.prompt_ids) - sequence.computed)
@@ -183,5 +204,6 @@ class Scheduler:
             self.waiting.remove(sequence)
         else:
             self.running.remove(sequence)
+        self.speculation.forget(sequence)
         if sequence.slot is not None:
             self.slots.leave(sequence, keep)

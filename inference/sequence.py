@@ -190,6 +190,13 @@ class Sequence:
             self.generator.random()
 
     @property
+    def takes_greatest(self) -> bool:
+        """Say whether its next token is the one with the greatest logit, as it comes from the model."""
+        p = self.params
+        changed = p.logit_bias or p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
+        return p.greedy and not changed and len(self.output_ids) >= p.min_tokens
+
+    @property
     def state(self) -> str:
         """Return "waiting", "running" or "finished"."""
         if self.finished_at is not None:

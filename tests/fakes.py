@@ -218,6 +218,7 @@ class FakeEngine:
         live = sum(s.finished_at is None for s in self.sequences)
         figures = {"running": live, "waiting": 0, "waiting_tokens": 0, "slots": 16, "tokens_per_second": 0.0}
         figures |= dict.fromkeys(("cache_tokens", "cache_kept", "cache_bytes", "cache_saved"), 0)
+        figures |= {"drafted_tokens": 0, "accepted_tokens": 0}
         return figures | {"cache_capacity": 1024, "heartbeat_age": self.quiet}
 
     def heartbeat_age(self) -> float:

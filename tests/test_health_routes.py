@@ -63,7 +63,8 @@ def test_a_stopping_server_is_not_healthy(server):
 
 def test_queue_has_the_engines_figures(server):
     cache = {"cache_tokens", "cache_kept", "cache_capacity", "cache_bytes", "cache_saved"}
-    assert {"running", "waiting", "slots", "tokens_per_second"} | cache <= set(server.get("/queue").json)
+    drafts = {"drafted_tokens", "accepted_tokens"}
+    assert {"running", "waiting", "slots", "tokens_per_second"} | cache | drafts <= set(server.get("/queue").json)
 
 
 def test_an_unknown_request_is_not_found(server):
@@ -82,6 +83,7 @@ def test_metrics_count_requests_and_tokens(server):
     assert samples["lm_requests_total", "/api/generate", "200"] == 1
     assert samples["lm_requests_total", "/api/generate", "400"] == 1
     assert samples["lm_generated_tokens_total", None, None] == 3
+    assert samples["lm_drafted_tokens", None, None] == samples["lm_accepted_tokens", None, None] == 0
     assert 'lm_model_loaded{dtype="fp32",id="tiny",runner="torch"} 1.0' in text
 
 

@@ -18,7 +18,7 @@ class TimedRunner:
     """A model whose steps take the time that a small CPU needs."""
 
     name, device, dtype, slots, block_size, vocab_size = "timed", "cpu", "fp32", 8, 2048, 16
-    position_bytes, last_argmax = 4, None
+    position_bytes, last_argmax, independent = 4, None, False
 
     def __init__(self) -> None:
         self.now, self.steps = 0.0, []

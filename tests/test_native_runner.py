@@ -171,6 +171,21 @@ def test_a_row_is_the_same_bit_for_bit_in_pieces_in_any_batch_and_with_any_threa
                 at[s] = p + 1
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_others_take_the_place_of_leave_no_trace(dtype):
+    """As drafts do: some right, the rest wrong, and the next step goes on from the last right one."""
+    model = model_of(SHAPES["as GPT-2"])
+    ids, wrong = ids_for(model.config, 96), ids_for(model.config, 96, seed=9)
+    expected = prefill(NativeRunner(model, slots=1, dtype=dtype, threads=1), ids)
+    runner, draw, at = NativeRunner(model, slots=2, dtype=dtype, threads=2), random.Random(7), 0
+    while at < 84:
+        right = draw.randint(1, 6)
+        tokens = ids[at : at + right] + wrong[: 12 - right]
+        got = runner.rows(tokens, [1] * 12, list(range(at, at + 12)), list(range(12)))
+        assert torch.equal(got[:right], expected[at : at + right])
+        at += right
+
+
 def test_a_step_of_more_rows_than_fit_at_once_is_the_same_as_several():
     model = model_of(GPTConfig(n_layer=2, n_head=1, n_embd=32, block_size=700, vocab_size=50))
     runner = NativeRunner(model, slots=2, dtype="bf16", threads=2)

@@ -98,8 +98,9 @@ def test_the_banner_has_what_a_newcomer_needs(server):
     assert f"{server.url}/docs" in banner and f"curl -s {server.url}/api/generate" in banner
 
 
-def test_it_generates_and_streams_the_same_text(server):
-    body = {"prompt": "Once upon", "max_new_tokens": 30, "seed": 5}
+@pytest.mark.parametrize("how", [{"seed": 5}, {"temperature": 0, "max_new_tokens": 120}], ids=["seeded", "greedy"])
+def test_it_generates_and_streams_the_same_text(server, how):
+    body = {"prompt": "Once upon", "max_new_tokens": 30, **how}
     whole = server.post("/api/generate", body).json()
     with server.post("/api/generate", {**body, "stream": True}, stream=True) as reply:
         frames = [line[6:] for line in reply.iter_lines(decode_unicode=True) if line.startswith("data: ")]

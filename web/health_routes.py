@@ -46,6 +46,8 @@ class Queue(Reply):
     cache_capacity: int
     cache_bytes: int
     cache_saved: int
+    drafted_tokens: int
+    accepted_tokens: int
     tokens_per_second: float
 
 

@@ -15,6 +15,8 @@ FIGURES = {  # of the engine's info, read when Prometheus asks
     "cache_capacity": "tokens for which there is room",
     "cache_bytes": "bytes that cache_tokens take",
     "cache_saved": "prompt tokens of the loaded model that were found in the cache",
+    "drafted_tokens": "tokens that greedy requests to the loaded model have drafted",
+    "accepted_tokens": "drafted tokens that the model chose itself",
 }
 
 

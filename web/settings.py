@@ -72,6 +72,7 @@ class Settings:
     cache_memory: int | None = setting(
         None, "MiB that keys and values of a model's sequences may take; default: every slot may be full", 1, 2**24
     )
+    speculation: bool = setting(True, "draft tokens of greedy requests to the native runner, and check them: 1 or 0")
     prefill_tokens: int = setting(512, "most prompt tokens computed in one step", 1, 65536)
     max_context_tokens: int | None = setting(
         None, "longest prompt and reply together, if below the model's own", 1, 2**31 - 1, also="MAX_CONTEXT_TOKENS"
