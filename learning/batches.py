@@ -1,8 +1,8 @@
 """Batches: windows of a split as tensors on the device, in the order in which a run learns from them.
 
 What comes next is read as soon as what is now has been queued: a GPU is still busy with it then, and never waits
-for data, which reaches it from pinned memory. On a CPU nothing runs beside the arithmetic, and reading takes a
-five-hundredth of its time (bench/RESULTS.md). The position that a checkpoint holds knows nothing of reading ahead.
+for data, which reaches it from pinned memory. On a CPU nothing runs beside the arithmetic, and reading takes less
+than a hundredth of its time (bench/RESULTS.md). The position that a checkpoint holds knows nothing of reading ahead.
 """
 
 from collections.abc import Iterator, Sequence
