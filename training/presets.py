@@ -28,7 +28,7 @@ LARGE |= {"max_iters": 20_000, "warmup_iters": 500, "eval_interval": 500, "token
 PRESETS: dict[str, dict[str, Any]] = {
     # nanoGPT's CPU recipe in shape, and as good after as many iterations as this; its GPU character recipe is `mini`
     "nano": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 32, "learning_rate": 2.5e-2}
-    | {"max_iters": 190, "warmup_iters": 20, "eval_interval": 95}
+    | {"max_iters": 200, "warmup_iters": 20, "eval_interval": 100}
     | SMALL,
     "micro": {"n_layer": 4, "n_head": 8, "n_embd": 256, "block_size": 128, "batch_size": 32, "learning_rate": 5e-3}
     | {"max_iters": 3000, "warmup_iters": 100, "eval_interval": 250}
