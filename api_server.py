@@ -47,6 +47,7 @@ from web.errors import Refused
 from web.json_replies import JsonReplies
 from web.loading import ModelLoader, check_allowed, first_choice
 from web.metrics import Metrics
+from web.pump import Pump
 from web.settings import MIB, SETTINGS, Settings, SettingsError, read
 from web.strict_json import StrictRequest, close_if_unread
 from web.watchdog import Watchdog
@@ -101,7 +102,8 @@ def create_app(settings: Settings, engine: InferenceBackend, jobs: JobManager, w
     metrics, loader = Metrics(engine), ModelLoader(settings, engine, workspace)
     streams = StreamLimit(settings.max_streams)
     catalogue = Catalogue(settings, engine, workspace, jobs)
-    app.extensions[EXTENSION] = Context(settings, engine, jobs, workspace, loader, metrics, streams, catalogue)
+    pump = Pump(engine)
+    app.extensions[EXTENSION] = Context(settings, engine, jobs, workspace, loader, metrics, streams, catalogue, pump)
     errors.register(app)
     _note_request(app, metrics)
     security.protect(app, settings)
@@ -131,6 +133,7 @@ class ServerProcess:
         Until this returns connections wait in the listen queue, so a client's first request finds a model.
         """
         Watchdog(self._context.engine.heartbeat_age, self._context.stalled, self._context.closing).start()
+        self._context.pump.start()
         self._context.loader.begin_start()
         load = threading.Thread(target=self._load, args=(age > 1,), name="load", daemon=True)
         load.start()

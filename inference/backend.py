@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from inference.sequence import Generation, SamplingParams
+from inference.sequence import Bell, Generation, SamplingParams
 
 if TYPE_CHECKING:
     from storage.registry import ModelReference
@@ -49,6 +49,11 @@ class Footprint:
 
 class InferenceBackend(Protocol):
     """Run models and generate with them. All methods may be called from any thread."""
+
+    @property
+    def bell(self) -> Bell:
+        """Return what rings when events of generations have come, so that one thread can wait for many of them."""
+        ...
 
     def served(self) -> ServedModel | None:
         """Return the loaded model, or None."""

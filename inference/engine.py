@@ -93,6 +93,7 @@ class Engine:
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._source = ModelSource(workspace, self._options, loader, build)
         self._pool = ModelPool(self._source, self._new_lane, self._wake, memory, request_timeout)
+        self.bell = seq.Bell()
         self._stopped = False  # the engine's thread alone writes it, and the next four
         self._beat = time.monotonic()
         self._steps = self._tokens = 0
@@ -199,8 +200,8 @@ class Engine:
         self._pool.forget(name)
 
     def _new_lane(self, served: ServedModel, runner: "ModelRunner") -> Lane:
-        memory = self._options.cache_memory
-        return Lane(served, runner, self._admission, self._prefill_tokens, memory, self._speculation)
+        memory, draft = self._options.cache_memory, self._speculation
+        return Lane(served, runner, self._admission, self._prefill_tokens, memory, draft, self._live)
 
     def _wake(self) -> None:
         self._inbox.put(lambda: None)
@@ -258,12 +259,17 @@ class Engine:
                 logger.exception("the engine failed; its requests end, it goes on")
                 for lane in self._pool.lanes():
                     lane.finish_all(seq.Failure.ENGINE)
+                self.bell.ring()
         for lane in self._pool.lanes():
             lane.finish_all(seq.Failure.SHUTTING_DOWN)
+            self.bell.ring()
             self._close_lane(lane)
 
-    def _turn(self) -> None:
+    def _live(self) -> None:
         self._beat = time.monotonic()
+
+    def _turn(self) -> None:
+        self._live()
         self._take_inbox()
         for lane in self._pool.lanes():
             lane.sweep()
@@ -272,6 +278,7 @@ class Engine:
                 self._rate.add(tokens)
                 self._steps += 1
                 self._tokens += tokens
+            self.bell.ring()
         for lane in self._pool.closable():
             self._close_lane(lane)
 

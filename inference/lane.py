@@ -9,6 +9,7 @@ import logging
 import math
 import sys
 import time
+from collections.abc import Callable
 from itertools import accumulate, islice
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,7 @@ class Lane:
     """Run the sequences of one model. `cache_memory` is the most bytes of keys and values; None: of full slots.
 
     `speculation` lets greedy sequences draft tokens where the runner's rows are independent.
+    `beat` is called before each computation: one that failed is repeated share by share, which is slow and no stall.
     """
 
     def __init__(
@@ -43,8 +45,9 @@ class Lane:
         prefill_tokens: int,
         cache_memory: int | None = None,
         speculation: bool = False,
+        beat: Callable[[], None] = lambda: None,
     ):
-        self.served, self.runner, self.admission = served, runner, admission
+        self.served, self.runner, self.admission, self._beat = served, runner, admission, beat
         positions = runner.slots * whole_blocks(runner.block_size)
         if cache_memory is not None:
             positions = min(positions, cache_memory // runner.position_bytes)
@@ -123,6 +126,7 @@ class Lane:
         The last one is None where its logits are unsound. What fails leaves the sequences as they were, but for their
         generators.
         """
+        self._beat()
         logits = self.runner.rows(step.tokens, step.slots, step.positions, step.want)[:, : self.vocab_size]
         row = 0
         last: list[int] = []  # the rows to choose tokens from
@@ -147,6 +151,7 @@ class Lane:
 
     def _embed(self, step: Step) -> None:
         """Compute one step of sequences that embed; a failure ends the sequence at fault, no other."""
+        self._beat()
         started = time.monotonic()
         try:
             hidden = self.runner.hidden(step.tokens, step.slots, step.positions, step.want)

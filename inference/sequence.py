@@ -144,6 +144,25 @@ class Finished:
 Event = Token | Finished
 
 
+class Bell:
+    """Rings when events have been put, whoever they are for: one wait for any number of generations."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self.rung = 0  # how often
+
+    def ring(self) -> None:
+        """Wake all who wait."""
+        with self._changed:
+            self.rung += 1
+            self._changed.notify_all()
+
+    def wait(self, seen: int, timeout: float) -> None:
+        """Wait until `rung` is not `seen`, at most `timeout` seconds. Read it before you look for events."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.rung != seen, timeout)
+
+
 @dataclass(eq=False)
 class Sequence:
     """The engine's state of one request. The engine's thread owns everything but `cancelled` and `events`.

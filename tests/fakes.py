@@ -16,6 +16,7 @@ from typing import Any
 from api_server import create_app
 from inference.backend import Footprint, ServedModel
 from inference.sequence import (
+    Bell,
     EngineDown,
     Failure,
     Finished,
@@ -77,6 +78,7 @@ class FakeEngine:
         self.quiet = 0.0  # seconds since the last sign of life
         self.fail_after: int | None = None
         self.sequences: list[Sequence] = []
+        self.bell = Bell()
         self.loads: list[ModelReference] = []
         self.drained: list[float] = []
         self.held = 0
@@ -186,6 +188,7 @@ class FakeEngine:
             token = self._token(self._next_id(sequence), sequence.params)
             sequence.output_ids.append(token.token_id)
             sequence.events.put(token)
+            self.bell.ring()
             if token.token_id in sequence.stop_ids:
                 self.finish(sequence, FinishReason.STOP)
 
@@ -199,6 +202,7 @@ class FakeEngine:
         sequence.finish_reason, sequence.finished_at = reason, time.monotonic()
         sequence.events.put(Finished(reason, error))
         sequence.ended.set()
+        self.bell.ring()
 
     def load(self, reference: ModelReference) -> ServedModel:
         if self.loading:

@@ -35,7 +35,7 @@ def completion(tokenizer, text: str, reason: FinishReason = FinishReason.LENGTH,
 
 def finished(tokenizer, *args, **kwargs) -> Completion:
     found = completion(tokenizer, *args, **kwargs)
-    for _ in merged([found], 0.01):
+    for _ in merged([found]):
         pass
     return found
 
@@ -45,7 +45,7 @@ TEXTS = ["plain", "naïve café", "日本語テキスト", "👩‍👩‍👧 f
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_pieces_are_whole_characters_and_make_the_text(tokenizer, text):
-    pieces = [piece.text for piece in merged([completion(tokenizer, text)], 0.01) if piece is not None]
+    pieces = [piece.text for piece in merged([completion(tokenizer, text)]) if piece is not None]
     assert "".join(pieces) == text and "\ufffd" not in text
     for piece in pieces:
         assert piece.encode().decode() == piece and "\ufffd" not in piece
@@ -81,17 +81,17 @@ def test_half_a_character_at_the_end_becomes_a_replacement_character(tokenizer):
 
 
 def test_text_held_back_for_a_stop_string_comes_at_the_end(tokenizer):
-    pieces = list(merged([completion(tokenizer, "one sto", stops=["stop"])], 0.01))
+    pieces = list(merged([completion(tokenizer, "one sto", stops=["stop"])]))
     assert "".join(piece.text for piece in pieces) == "one sto" and pieces[-1].last
 
 
 def test_tokens_that_are_there_come_together_but_not_too_many(tokenizer):
-    pieces = list(merged([completion(tokenizer, "0 1 2 3 4 5 6 7 8 9")], 0.01))
+    pieces = list(merged([completion(tokenizer, "0 1 2 3 4 5 6 7 8 9")]))
     assert [len(piece.tokens) for piece in pieces[:2]] == [MOST, MOST]
 
 
 def test_what_came_before_a_failure_is_told_first(tokenizer):
-    failing = merged([completion(tokenizer, "abc", FinishReason.ERROR)], 0.01)
+    failing = merged([completion(tokenizer, "abc", FinishReason.ERROR)])
     assert next(failing).text == "abc"
     with pytest.raises(GenerationFailed):
         next(failing)
@@ -129,19 +129,19 @@ def test_an_error_says_whose_it_is(tokenizer, error, kind):
     sequence = Sequence([1], SamplingParams())
     sequence.events.put(Finished(FinishReason.ERROR, error))
     with pytest.raises(kind, match=str(error)):
-        list(merged([Completion(Generation(sequence), tokenizer, (), frozenset())], 0.01))
+        list(merged([Completion(Generation(sequence), tokenizer, (), frozenset())]))
 
 
 def test_several_completions_are_merged_and_each_ends_once(tokenizer):
     live = [completion(tokenizer, text, index=k) for k, text in enumerate(["short", "a much longer text", ""])]
-    pieces = [piece for piece in merged(live, 0.01) if piece is not None]
+    pieces = [piece for piece in merged(live) if piece is not None]
     assert [c.text for c in live] == ["short", "a much longer text", ""]
     assert sorted(piece.completion.index for piece in pieces if piece.last) == [0, 1, 2]
 
 
-def test_a_quiet_time_is_told(tokenizer):
+def test_a_moment_without_a_piece_is_told_and_not_waited_for(tokenizer):
     sequence = Sequence([1], SamplingParams(), events=queue.SimpleQueue())
-    quiet = merged([Completion(Generation(sequence), tokenizer, (), frozenset())], 0.01)
-    assert next(quiet) is None
+    quiet = merged([Completion(Generation(sequence), tokenizer, (), frozenset())])
+    assert next(quiet) is None and next(quiet) is None
     sequence.events.put(Finished(FinishReason.LENGTH))
     assert [piece.last for piece in quiet if piece is not None] == [True]

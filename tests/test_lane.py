@@ -1,5 +1,6 @@
 """A lane: what one loaded model does in a step, here on a clock that only the model moves."""
 
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,14 +22,21 @@ class TimedRunner:
     position_bytes, last_argmax, independent = 4, None, False
 
     def __init__(self) -> None:
-        self.now, self.steps = 0.0, []
+        self.beats: list[float] = []
+        self.now, self.steps, self.broken, self.failed_after = 0.0, [], False, 0.0
 
     def rows(self, tokens: list[int], slots: list[int], positions: list[int], want: list[int]) -> torch.Tensor:
         prompt = len(tokens) - len(set(slots)) if len(tokens) > len(set(slots)) else 0
         seconds = DECODE + PER_TOKEN * prompt
         self.now += seconds
         self.steps.append((len(tokens), seconds))
+        if self.broken:
+            self.now += self.failed_after
+            raise RuntimeError("a fault that was asked for")
         return torch.zeros(len(want), self.vocab_size)
+
+    def hidden(self, *step: list[int]) -> torch.Tensor:
+        return self.rows(*step)[:, :4]
 
     def copy(self, source: int, target: int, length: int) -> None: ...
 
@@ -46,7 +54,7 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> TimedRunner:
 
 def lane(runner: TimedRunner) -> Lane:
     served: Any = SimpleNamespace(vocab_size=16, tokenizer=SimpleNamespace(n_vocab=16))
-    return Lane(served, runner, Admission(64, 10**6), prefill_tokens=2048)
+    return Lane(served, runner, Admission(64, 10**6), prefill_tokens=2048, beat=lambda: runner.beats.append(runner.now))
 
 
 def join(lane: Lane, prompt: int, n: int) -> Sequence:
@@ -89,3 +97,16 @@ def test_sixteen_prompts_at_once_are_computed_together(runner: TimedRunner) -> N
     burst = [join(it, 50, 2) for _ in range(8)]
     it.step()
     assert [len(s.output_ids) for s in burst] == [1] * 8 and len(runner.steps) == before + 1
+
+
+@pytest.mark.parametrize("embeds", [False, True])
+def test_a_step_that_fails_slowly_and_is_tried_share_by_share_is_no_stall(runner: TimedRunner, embeds: bool) -> None:
+    it = lane(runner)
+    for _ in range(8):
+        join(it, 20, 5).embeds = embeds
+    runner.broken, runner.failed_after = True, 6.0
+    while it.busy:
+        it.step()
+    assert runner.now > 8 * 6.0
+    moments = [*runner.beats, runner.now]
+    assert max(later - earlier for earlier, later in pairwise(moments)) < 7.0

@@ -23,7 +23,7 @@ def test_quiet_moments_are_pings_but_not_many(monkeypatch):
     monkeypatch.setattr(sse, "PING_SECONDS", 0.0)
     assert next(sse.frames(iter([None, {"a": 1}]))) == ": ping\n\n"
     monkeypatch.setattr(sse, "PING_SECONDS", 60.0)
-    assert list(sse.frames(iter([None, None, {"a": 1}]))) == ['data: {"a": 1}\n\n', "data: [DONE]\n\n"]
+    assert list(sse.frames(iter([None, None, {"a": 1}]))) == ["", "", 'data: {"a": 1}\n\n', "data: [DONE]\n\n"]
 
 
 def failing(error: Exception):
@@ -46,7 +46,7 @@ def test_nothing_is_written_to_a_client_that_has_gone():
 
 def test_a_stream_that_nobody_reads_is_closed_all_the_same():
     closed = []
-    sse.response(iter([{"a": 1}]), lambda: closed.append(True)).close()
+    sse.response(iter(["a"]), lambda: closed.append(True)).close()
     assert closed == [True]
 
 

@@ -21,7 +21,6 @@ from web.security import key_digest, requester
 
 LOOK = 0.1  # seconds between looks around while a whole reply is waited for
 STOP_LOOK = 0.02  # the same where a stop string may end it: the engine goes on until it is found
-IDLE = 0.2  # seconds without a token after which the caller gets a moment to look around
 LONGEST_TOKEN = 512  # bytes; no vocabulary that is accepted has a longer one
 
 
@@ -146,12 +145,12 @@ class Batch:
         }
 
     def __iter__(self) -> Iterator[Piece | None]:
-        """Give pieces of text as they come, and None while nothing does.
+        """Give pieces of text as they come, and None whenever there is none; waits for nothing.
 
         Raises GenerationFailed, OutOfTime, EngineDown when the server stops or stalls, ClientGone when nobody listens.
         """
         try:
-            for piece in merged(self.completions, IDLE):
+            for piece in merged(self.completions):
                 self._client.check()
                 self._check_engine()
                 yield piece

@@ -59,5 +59,5 @@ def chat_completions(body: ChatBody) -> Response | dict[str, Any]:
         prompt, params = _request(body, served, context_tokens(ctx, served))
         batch = Batch(ctx, served, [prompt], params, Client(request.environ), g.request_id, body.n, body.stop)
     if body.stream:
-        return sse.response(chat_replies.chunks(body, batch, g.request_id), batch.close, openai=True)
+        return sse.generation(ctx, chat_replies.chunks(body, batch, g.request_id), batch.close, openai=True)
     return chat_replies.reply(body, batch.finish(), g.request_id)

@@ -5,7 +5,6 @@ reason at the end. `merged` takes pieces from several of them as they come. A re
 goes through the same steps, only less often, so both have the same text byte for byte. No HTTP here.
 """
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +12,6 @@ from inference.sequence import EngineDown, Event, Failure, Finished, FinishReaso
 from storage.tokenizer import StopFinder, Tokenizer
 
 MOST = 8  # events in one piece: a reader who is late gets larger pieces, not ever later ones
-TURN = 0.02  # seconds to wait for one of several completions before looking at the others
 
 
 class GenerationFailed(Exception):
@@ -58,15 +56,14 @@ class Completion:
         if self.generation.finish_reason is None:
             self.generation.cancel()
 
-    def poll(self, timeout: float) -> Piece | None:
-        """Return what the next event brings, with others that are there by then, or None when none comes in time.
+    def poll(self) -> Piece | None:
+        """Return what the next event brings, with others that are there, or None when there is none.
 
         Raises GenerationFailed, OutOfTime, and EngineDown when the server stops.
         """
         if self._failed is not None:
             raise self._failed
-        event = self.generation.next(timeout)
-        if event is None:
+        if not self.generation.ready or (event := self.generation.next(0.0)) is None:
             return None
         piece = self._piece(event)
         for _ in range(MOST - 1):
@@ -121,26 +118,13 @@ def failure(error: Failure | None) -> Exception:
     return GenerationFailed("the request was cancelled") if error is None else kind.get(error, GenerationFailed)(error)
 
 
-def merged(completions: Sequence[Completion], idle: float) -> Iterator[Piece | None]:
-    """Give the pieces of all completions as they come, and None whenever `idle` seconds brought none."""
+def merged(completions: Sequence[Completion]) -> Iterator[Piece | None]:
+    """Give the pieces of all completions that are there, and None whenever there is none; waits for nothing."""
     live = list(completions)
-    quiet_since = time.monotonic()
     while live:
-        if len(live) == 1:
-            piece = live[0].poll(idle)
-            pieces = [] if piece is None else [piece]
-        else:
-            pieces = [piece for completion in live if (piece := completion.poll(0.0)) is not None]
-            if not pieces and (piece := live[0].poll(min(idle, TURN))) is not None:
-                pieces = [piece]
-        yield from pieces
+        pieces = [piece for completion in live if (piece := completion.poll()) is not None]
+        yield from pieces or (None,)
         live = [completion for completion in live if completion.finish_reason is None]
-        now = time.monotonic()
-        if pieces:
-            quiet_since = now
-        elif now - quiet_since >= idle:
-            quiet_since = now
-            yield None
 
 
 def settle(completions: Sequence[Completion], idle: float) -> Iterator[None]:
@@ -152,7 +136,7 @@ def settle(completions: Sequence[Completion], idle: float) -> Iterator[None]:
     while live:
         live[0].generation.wait_end(idle)
         for completion in live:
-            while completion.finish_reason is None and completion.poll(0.0) is not None:
+            while completion.finish_reason is None and completion.poll() is not None:
                 pass
         live = [completion for completion in live if completion.finish_reason is None]
         yield

@@ -15,6 +15,7 @@ from web.catalogue import Catalogue
 from web.errors import Refused
 from web.loading import ModelLoader
 from web.metrics import Metrics
+from web.pump import Pump
 from web.settings import Settings
 
 EXTENSION = "language_model_server"
@@ -60,6 +61,7 @@ class Context:
     metrics: Metrics
     streams: StreamLimit
     catalogue: Catalogue
+    pump: Pump
     trying: threading.Lock = field(default_factory=threading.Lock)  # held by the one dry run at a time
     closing: threading.Event = field(default_factory=threading.Event)  # the server is stopping
     stalled: threading.Event = field(default_factory=threading.Event)  # the engine does not move

@@ -17,7 +17,7 @@ from flask_openapi3.models.tag import Tag
 
 from inference.backend import ServedModel
 from inference.sequence import Finished, FinishReason, Generation, PromptTooLong, QueueFull
-from web.batch import IDLE, context_tokens, using
+from web.batch import context_tokens, using
 from web.client import Client
 from web.completion import failure
 from web.context import Context, context
@@ -26,6 +26,7 @@ from web.openai_routes import ERRORS, note_ignored, token_ids
 from web.openai_schemas import Embeddings, EmbeddingsBody, OpenAIError
 from web.security import requester
 
+IDLE = 0.2  # seconds without an event after which to look whether anybody still waits
 AHEAD = 32  # texts of one request that wait or run at once
 
 routes = APIBlueprint("embeddings", __name__, abp_tags=[Tag(name="OpenAI")], abp_responses=ERRORS)

@@ -204,7 +204,7 @@ def job_log(path: NamePath, query: LogQuery) -> Response | dict[str, Any]:
         return {"log": ctx.jobs.log_tail(path.name)}
     ctx.jobs.get(path.name)
     ctx.streams.enter()
-    return sse.response(_follow(ctx, path.name, Client(request.environ)), ctx.streams.leave)
+    return sse.response(sse.frames(_follow(ctx, path.name, Client(request.environ))), ctx.streams.leave)
 
 
 @routes.get("/api/datasets", responses={200: Datasets})

@@ -149,5 +149,5 @@ def generate(body: GenerateBody) -> Response | dict[str, Any]:
     params = body.params(min(body.max_new_tokens, limit - len(prompt_ids)))
     batch = Batch(ctx, model, [prompt_ids], params, Client(request.environ), g.request_id, body.num_samples, body.stop)
     if body.stream:
-        return sse.response(_events(body, batch), batch.close)
+        return sse.generation(ctx, _events(body, batch), batch.close)
     return _reply(body, batch.finish())

@@ -146,7 +146,7 @@ def _complete(body: CompletionBody) -> Response | dict[str, Any]:
         client = Client(request.environ)
         batch = Batch(ctx, served, prompts, params, client, g.request_id, body.candidates, body.stop)
     if body.stream:
-        return sse.response(openai_replies.chunks(body, batch, g.request_id), batch.close, openai=True)
+        return sse.generation(ctx, openai_replies.chunks(body, batch, g.request_id), batch.close, openai=True)
     return openai_replies.reply(body, batch.finish(), g.request_id)
 
 

@@ -10,10 +10,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from flask import Response
+from flask import Response, request
 
 from web.client import ClientGone
+from web.context import Context
 from web.errors import problem_of
+from web.pump import SENDER, paced, written
 
 PING = ": ping\n\n"
 DONE = "data: [DONE]\n\n"
@@ -21,25 +23,27 @@ PING_SECONDS = 1.0
 
 Events = Iterator[dict[str, Any] | None]
 
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+
 
 def frame(event: dict[str, Any]) -> str:
     """Return one event as a frame; JSON has no line breaks of its own."""
-    return f"data: {json.dumps(event, ensure_ascii=False, allow_nan=False)}\n\n"
+    return f"data: {_encode(event)}\n\n"
 
 
 def frames(events: Events, openai: bool = False) -> Iterator[str]:
-    """Give the frames of events; None is a moment without one."""
-    written = time.monotonic()
+    """Give the frames of events. None is a moment without one, and "" one in which there is nothing to say."""
+    said = time.monotonic()
     try:
         for event in events:
-            now = time.monotonic()
             if event is not None:
                 yield frame(event)
-            elif now - written >= PING_SECONDS:
-                yield PING
-            else:
+            elif time.monotonic() - said < PING_SECONDS:
+                yield ""
                 continue
-            written = now
+            else:
+                yield PING
+            said = time.monotonic()
     except ClientGone:
         return
     except Exception as error:
@@ -48,10 +52,17 @@ def frames(events: Events, openai: bool = False) -> Iterator[str]:
     yield DONE
 
 
-def response(events: Events, close: Callable[[], None], openai: bool = False) -> Response:
-    """Return a streamed reply. `close` is called when it is over, even if no byte of it was ever asked for."""
-    reply = Response(frames(events, openai), mimetype="text/event-stream")
+def response(body: Iterator[str], close: Callable[[], None]) -> Response:
+    """Return a streamed reply of frames. `close` is called when it is over, even if no byte was ever asked for."""
+    reply = Response(body, mimetype="text/event-stream")
     reply.headers["Cache-Control"] = "no-cache"
     reply.headers["X-Accel-Buffering"] = "no"  # nginx passes it on at once
     reply.call_on_close(close)
     return reply
+
+
+def generation(context: Context, events: Events, close: Callable[[], None], openai: bool = False) -> Response:
+    """Return the streamed reply of a generation, whose events wait for nothing: the bell tells when to look."""
+    said, sender = frames(events, openai), request.environ.get(SENDER)
+    body = paced(said, context.engine.bell) if sender is None else written(said, sender, context.pump)
+    return response(body, close)

@@ -34,6 +34,7 @@ from typing import Any, Protocol
 from gunicorn.http import errors as http
 from gunicorn.workers.gthread import TConn, ThreadWorker
 
+from web.pump import SENDER
 from web.receiving import Receiver
 
 log = logging.getLogger(__name__)
@@ -95,6 +96,31 @@ class Connection(TConn):  # type: ignore[misc]
             super().close()
 
 
+class ReplySender:
+    """The body of a streamed reply, sent as gunicorn would, but without waiting. Satisfies web.pump.Sender."""
+
+    def __init__(self, reply: Any):
+        self._reply = reply
+
+    def begin(self) -> None:
+        """Send the head."""
+        self._reply.send_headers()
+
+    def send(self, data: bytes) -> bytes:
+        """Send as much as goes at once; return the rest."""
+        self._reply.sent += len(data)
+        if self._reply.chunked:
+            data = b"%X\r\n%b\r\n" % (len(data), data)
+        try:
+            return data[self._reply.sock.send(data, socket.MSG_DONTWAIT) :]
+        except BlockingIOError:
+            return data
+
+    def send_rest(self, rest: bytes) -> None:
+        """Send a rest; the kernel ends it when the reader has stopped."""
+        self._reply.sock.sendall(rest)
+
+
 def _set_deadlines(sock: socket.socket) -> None:
     """Have the kernel end reads and writes that make no progress, also on a blocking socket."""
     for option, seconds in ((socket.SO_RCVTIMEO, READ_SECONDS), (socket.SO_SNDTIMEO, WRITE_SECONDS)):
@@ -140,13 +166,14 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def load_wsgi(self) -> None:
-        """Build the application and hand its environment the means to close a connection."""
+        """Build the application; its environment gets the means to close a connection and to send without waiting."""
         super().load_wsgi()
         app: Callable[..., Iterable[bytes]] = self.app.wsgi()
         self.process = self.app.process
 
         def wsgi(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-            environ[CLOSE_CONNECTION] = start_response.__self__.force_close
+            reply = start_response.__self__
+            environ[CLOSE_CONNECTION], environ[SENDER] = reply.force_close, ReplySender(reply)
             return app(environ, start_response)
 
         self.wsgi = wsgi

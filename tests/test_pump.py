@@ -1,0 +1,151 @@
+"""The pump: what many streams say goes out after each ring, a slow reader waits alone, and a failure is its own."""
+
+import socket
+import threading
+from collections import deque
+from types import SimpleNamespace
+
+import pytest
+from live_server import until
+
+from inference.sequence import Bell
+from web.pump import Pump, paced, written
+from web.worker import ReplySender
+
+
+class Source:
+    """Frames that a test gives; "" while there are none, and the end after None."""
+
+    def __init__(self) -> None:
+        self.given: deque[str | Exception | None] = deque()
+        self.asked_by: set[str] = set()
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> str:
+        self.asked_by.add(threading.current_thread().name)
+        frame = self.given.popleft() if self.given else ""
+        if isinstance(frame, Exception):
+            raise frame
+        if frame is None:
+            raise StopIteration
+        return frame
+
+
+class Reply:
+    """A reply to a client at the other end of a pair of sockets, written in a thread as its request would."""
+
+    def __init__(self, pump: Pump):
+        ours, self.client = socket.socketpair()
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        self.client.settimeout(30)
+        self.source, self.failed, self.heads = Source(), None, []
+        self.sock, self.chunked, self.sent = ours, False, 0
+        self.send_headers = lambda: self.heads.append("head")
+        self.thread = threading.Thread(target=self._write, args=(pump,), daemon=True)
+        self.thread.start()
+
+    def _write(self, pump: Pump) -> None:
+        try:
+            assert list(written(self.source, ReplySender(self), pump)) == []
+        except Exception as error:
+            self.failed = error
+        self.sock.close()
+
+    def read(self) -> bytes:
+        """Return all that the client gets."""
+        with self.client, self.client.makefile("rb") as file:
+            return file.read()
+
+
+@pytest.fixture
+def reply(pump):
+    """Return what makes replies and closes their ends."""
+    made = []
+
+    def make() -> Reply:
+        made.append(Reply(pump))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.client.close()
+        each.thread.join(30)
+
+
+@pytest.fixture
+def bell():
+    return Bell()
+
+
+@pytest.fixture
+def pump(bell):
+    made = Pump(SimpleNamespace(bell=bell))
+    made.start()
+    return made
+
+
+def test_streams_get_their_own_frames_in_order_when_the_bell_rings(bell, reply):
+    replies = [reply() for _ in range(5)]
+    for i in range(20):
+        for k, each in enumerate(replies):
+            each.source.given.append(f"{k}:{i} ")
+        bell.ring()
+    for each in replies:
+        each.source.given.append(None)
+    bell.ring()
+    for k, each in enumerate(replies):
+        assert each.read().decode() == "".join(f"{k}:{i} " for i in range(20)) and each.heads == ["head"]
+        assert each.source.asked_by == {"pump"}
+
+
+def test_a_reader_who_stops_holds_up_nobody_and_gets_all_in_the_end(bell, reply):
+    slow, quick = reply(), reply()
+    slow.source.given.extend(["x" * 1000] * 2000)
+    bell.ring()
+    quick.source.given.extend(["quick", None])
+    bell.ring()
+    assert quick.read() == b"quick" and slow.thread.is_alive()
+    slow.source.given.append(None)
+    assert slow.read() == b"x" * 2_000_000
+
+
+@pytest.mark.parametrize("why", ["the source", "the socket"])
+def test_a_failure_is_raised_where_the_request_is_and_others_go_on(bell, reply, why):
+    broken, fine = reply(), reply()
+    if why == "the socket":
+        broken.client.close()
+    broken.source.given.append("a" if why == "the socket" else RuntimeError(why))
+    fine.source.given.extend(["fine", None])
+    bell.ring()
+    broken.thread.join(30)
+    assert isinstance(broken.failed, OSError if why == "the socket" else RuntimeError)
+    assert fine.read() == b"fine"
+
+
+def test_a_stream_gets_a_moment_also_when_nothing_rings(reply):
+    quiet = reply()
+    until(lambda: "pump" in quiet.source.asked_by)
+    quiet.source.given.extend(["late", None])
+    assert quiet.read() == b"late"
+
+
+def test_chunks_are_framed_as_gunicorn_would():
+    ours, client = socket.socketpair()
+    with ours, client:
+        sender = ReplySender(SimpleNamespace(sock=ours, chunked=True, sent=0))
+        assert sender.send("é".encode() * 8) == b""
+        assert client.recv(100) == b"10\r\n" + "é".encode() * 8 + b"\r\n"
+
+
+def test_without_a_pump_the_frames_are_the_same(bell):
+    source = Source()
+    source.given.extend(["a", "", "b", None])
+    assert list(paced(source, bell)) == ["a", "b"]
+
+
+def test_whoever_has_seen_a_ring_does_not_wait_for_it(bell):
+    seen = bell.rung
+    bell.ring()
+    bell.wait(seen, 3600)  # comes back at once

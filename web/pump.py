@@ -1,0 +1,129 @@
+"""The pump: one thread that writes all streams of generated text, once after each step of the engine.
+
+With a thread awake for each stream, 16 streams switch threads about 60 times a step, which costs more than all they
+have to say. A request's own thread sleeps meanwhile. It takes over when its reader is behind, waits for the reader,
+and gives the stream back; so a slow reader is in nobody's way. Knows frames and sockets, nothing of what they say.
+"""
+
+import threading
+from collections.abc import Iterator
+from typing import Protocol
+
+from inference.backend import InferenceBackend
+from inference.sequence import Bell
+
+LOOK = 0.1  # seconds after which every stream gets a moment, also when nothing has come: to say so, or to be ended
+SENDER = "web.sender"  # in the WSGI environment: the Sender of this reply
+
+Frames = Iterator[str]  # gives "" whenever there is nothing to say yet; waits for nothing
+
+
+class Sender(Protocol):
+    """How the body of a reply gets to its client."""
+
+    def begin(self) -> None:
+        """Send what comes before the body. May wait for the client; raises OSError as the others do."""
+        ...
+
+    def send(self, data: bytes) -> bytes:
+        """Send as much as goes without waiting; return the rest, as `send_rest` takes it."""
+        ...
+
+    def send_rest(self, rest: bytes) -> None:
+        """Send a rest, waiting for the client."""
+        ...
+
+
+class Stream:
+    """The frames of one reply on their way to one client."""
+
+    def __init__(self, frames: Frames, sender: Sender):
+        self._frames, self._sender = frames, sender
+        self._rest = b""
+        self._over = False
+        self._failed: BaseException | None = None
+        self._let_go = threading.Event()
+
+    def move(self) -> bool:
+        """Send what is there; say whether it is the pump's turn again, after the next step."""
+        try:
+            text = ""
+            for frame in self._frames:
+                if not frame:
+                    break
+                text += frame
+            else:
+                self._over = True
+            if text:
+                self._rest = self._sender.send(text.encode())
+        except BaseException as error:  # the request's own thread raises it
+            self._failed = error
+        return not (self._over or self._rest or self._failed)
+
+    def let_go(self) -> None:
+        """Give it back to the thread of its request."""
+        self._let_go.set()
+
+    def run(self, pump: "Pump") -> None:
+        """Have the pump write it all; wait for the reader whenever he is behind. Raises what writing raises."""
+        self._sender.begin()
+        while not self._over:
+            self._let_go.clear()
+            pump.take(self)
+            self._let_go.wait()
+            if self._failed is not None:
+                raise self._failed
+            if self._rest:
+                self._sender.send_rest(self._rest)
+                self._rest = b""
+
+
+class Pump:
+    """Moves streams on whenever the engine's bell rings, in a thread of its own."""
+
+    def __init__(self, engine: InferenceBackend):
+        self._engine = engine
+        self._streams: set[Stream] = set()
+        self._lock = threading.Lock()
+
+    def start(self) -> None:
+        """Begin, in a thread."""
+        threading.Thread(target=self._run, name="pump", daemon=True).start()
+
+    def take(self, stream: Stream) -> None:
+        """Take a stream over until `move` says that it is somebody else's turn."""
+        with self._lock:
+            self._streams.add(stream)
+        self._engine.bell.ring()
+
+    def _run(self) -> None:
+        bell = self._engine.bell
+        while True:
+            seen = bell.rung
+            with self._lock:
+                streams = list(self._streams)
+            for stream in streams:
+                if not stream.move():
+                    with self._lock:
+                        self._streams.remove(stream)
+                    stream.let_go()
+            bell.wait(seen, LOOK)
+
+
+def written(frames: Frames, sender: Sender, pump: Pump) -> Iterator[str]:
+    """Write frames through the pump; gives nothing itself, but ends when all is written."""
+    Stream(frames, sender).run(pump)
+    yield from ()
+
+
+def paced(frames: Frames, bell: Bell) -> Iterator[str]:
+    """Give frames as they come, for whoever writes them: the same without a pump."""
+    while True:
+        seen = bell.rung
+        for frame in frames:
+            if not frame:
+                break
+            yield frame
+        else:
+            return
+        bell.wait(seen, LOOK)
