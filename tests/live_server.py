@@ -26,11 +26,19 @@ LONG = {"prompt": "Once", "max_new_tokens": 2000, "temperature": 1.5}
 class Process:
     """A server process with its address, and its own end."""
 
-    def __init__(self, root: Path, *flags: str, script: Path = ROOT / "api_server.py", before: Sequence[str] = ()):
+    def __init__(
+        self,
+        root: Path,
+        *flags: str,
+        script: Path = ROOT / "api_server.py",
+        before: Sequence[str] = (),
+        native: bool = False,
+    ):
         """Start the server; `before` are words of the command before it, of a program that becomes it."""
         self.root = root
         environ = {name: value for name, value in os.environ.items() if not name.startswith("LM_SERVER_")}
-        environ |= {"PATH": "", "LM_SERVER_NATIVE_CACHE": str(root / "cache")}  # no compiler: the torch runner serves
+        if not native:  # without a compiler the torch runner serves
+            environ |= {"PATH": "", "LM_SERVER_NATIVE_CACHE": str(root / "cache")}
         command = [*before, sys.executable, str(script), "--port", "0", "--root", str(root), *flags]
         self.child = subprocess.Popen(
             command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ
@@ -70,6 +78,11 @@ class Process:
     def worker(self) -> int:
         children = Path(f"/proc/{self.child.pid}/task/{self.child.pid}/children").read_text().split()
         return int(children[0]) if children else 0  # 0 between one worker and the next
+
+    def memory(self) -> int:
+        """Return the KiB that the worker alone holds."""
+        status = Path(f"/proc/{self.worker()}/status").read_text().splitlines()
+        return sum(int(line.split()[1]) for line in status if line.startswith(("RssAnon:", "VmSwap:")))
 
     def end(self) -> None:
         self.child.kill()
@@ -134,6 +147,13 @@ def request_of(server: Process, body: dict, length: int | None = None) -> bytes:
     data = json.dumps(body).encode()
     head = f"POST /api/generate HTTP/1.1\r\nHost: localhost:{server.port}\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {len(data) if length is None else length}\r\n\r\n".encode() + data
+
+
+def streamed(server: Process, body: dict) -> list[str]:
+    """Return the events of a streamed completion."""
+    with server.post("/v1/completions", body | {"stream": True}, stream=True) as reply:
+        lines = reply.iter_lines(decode_unicode=True)
+        return [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
 
 
 class Streams:
