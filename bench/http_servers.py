@@ -48,7 +48,7 @@ class Server:
     """A server in a process of its own. Raises Absent when it ends before it is healthy."""
 
     def __init__(self, name: str, command: Sequence[str], port: int):
-        self.name, self._port = name, port
+        self.name, self.port = name, port
         self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - a pipe that nobody reads would fill and block it
         self._child = subprocess.Popen(command, cwd=ROOT, stdout=self._said, stderr=subprocess.STDOUT)
         try:
@@ -67,7 +67,7 @@ class Server:
             time.sleep(0.1)
 
     def _healthy(self) -> bool:
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=5)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
         try:
             connection.request("GET", "/health")
             return connection.getresponse().status == 200
@@ -76,9 +76,14 @@ class Server:
         finally:
             connection.close()
 
+    @property
+    def pid(self) -> int:
+        """Return the number of its process."""
+        return self._child.pid
+
     def run(self, prompts: list[list[int]], new: int, stream: bool) -> float:
         """Continue all prompts at once by `new` tokens each; return the seconds until the last reply has ended."""
-        return ask_all(self._port, [request(prompt, new, stream) for prompt in prompts], new)
+        return ask_all(self.port, [request(prompt, new, stream) for prompt in prompts], new)
 
     def close(self) -> None:
         """End it."""

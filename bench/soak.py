@@ -12,20 +12,21 @@ import http.client
 import json
 import math
 import random
-import re
 import shutil
 import socket
 import struct
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from bench.contestant import ROOT
+from bench.http_servers import Server, free_port
+
 WARM_UP = 500  # requests
 MOST_KIB = 2.0  # per request
 MOST_MIB = 20.0
@@ -41,24 +42,14 @@ WRONG = (  # path, body, content type, status
 )
 
 
-class Server:
-    """The server in a process of its own, with a folder of its own, and what the system tells of its worker."""
+class Watched(Server):
+    """Our server in a process of its own, with a folder of its own, and what the system tells of its worker."""
 
-    def __init__(self, folder: Path, model: Path):
+    def __init__(self, folder: Path, model: Path, *flags: str):
         shutil.copytree(model, folder / "models" / model.name)
-        flags = ["--port", "0", "--root", str(folder), "--model_path", f"models/{model.name}"]
-        command = [sys.executable, str(ROOT / "api_server.py"), *flags]
-        self.child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        said = ""
-        while (found := re.search(r"http://127\.0\.0\.1:(\d+)", said)) is None:
-            line = self.child.stdout.readline()  # type: ignore[union-attr]
-            if not line:
-                raise SystemExit("the server did not start")
-            said += line
-        self.port = int(found[1])
-        threading.Thread(target=self.child.stdout.read, daemon=True).start()  # type: ignore[union-attr]
-        if self.ask("GET", "/health")[0] != 200:
-            raise SystemExit("the server is not healthy")
+        port = free_port()
+        flags = ("--port", str(port), "--root", str(folder), "--model_path", f"models/{model.name}", *flags)
+        super().__init__("our server", [sys.executable, str(ROOT / "api_server.py"), *flags], port)
 
     def ask(
         self, method: str, path: str, body: bytes | None = None, kind: str = "application/json"
@@ -74,16 +65,11 @@ class Server:
 
     def usage(self) -> "Usage":
         """Return what the worker holds now."""
-        children = Path(f"/proc/{self.child.pid}/task/{self.child.pid}/children").read_text().split()
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
         worker = Path("/proc") / children[0]
         status = dict(line.split(":", 1) for line in (worker / "status").read_text().splitlines())
         kib = sum(int(status[name].split()[0]) for name in ("RssAnon", "VmSwap"))
         return Usage(children[0], kib, len(list((worker / "fd").iterdir())), int(status["Threads"]))
-
-    def close(self) -> None:
-        """End it."""
-        self.child.terminate()
-        self.child.wait(60)
 
 
 @dataclass(frozen=True)
@@ -105,8 +91,13 @@ class Record:
     served: list[tuple[float, float]] = field(default_factory=list)  # when it ended, seconds per token
     lost: list[str] = field(default_factory=list)
 
+    def total(self) -> int:
+        """Return how many requests are over."""
+        with self.lock:
+            return self.counts.total()
 
-def serve_one(server: Server, dice: random.Random, record: Record) -> None:
+
+def serve_one(server: Watched, dice: random.Random, record: Record) -> None:
     """Send a good request and check that the whole reply comes."""
     tokens, stream = dice.randint(8, 40), dice.random() < 0.5
     body = {"prompt": "Once upon a time", "max_new_tokens": tokens, "stream": stream}
@@ -120,7 +111,7 @@ def serve_one(server: Server, dice: random.Random, record: Record) -> None:
             record.lost.append(f"{status}: {data[-80:]!r}")
 
 
-def leave_one(server: Server, dice: random.Random, record: Record) -> None:
+def leave_one(server: Watched, dice: random.Random, record: Record) -> None:
     """Send a good request and leave before its end."""
     stream = dice.random() < 0.5
     body = json.dumps({"prompt": "Once", "max_new_tokens": 200, "stream": stream}).encode()
@@ -135,7 +126,7 @@ def leave_one(server: Server, dice: random.Random, record: Record) -> None:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
-def fail_one(server: Server, dice: random.Random, record: Record) -> None:
+def fail_one(server: Watched, dice: random.Random, record: Record) -> None:
     """Send a wrong request and check how it is refused."""
     path, body, kind, expected = dice.choice(WRONG)
     status, data = server.ask("POST", path, body, kind)
@@ -147,10 +138,18 @@ def fail_one(server: Server, dice: random.Random, record: Record) -> None:
 KINDS = ((0.7, "served", serve_one), (0.8, "left", leave_one), (1.0, "wrong", fail_one))
 
 
-def client(server: Server, seed: int, until: float, record: Record) -> None:
-    """Send requests until the time is over."""
+@dataclass(frozen=True)
+class Goal:
+    """When the clients stop: after so many seconds, or requests."""
+
+    seconds: float = math.inf
+    requests: float = math.inf
+
+
+def client(server: Watched, seed: int, begun: float, goal: Goal, record: Record) -> None:
+    """Send requests until the goal is reached."""
     dice = random.Random(seed)
-    while time.monotonic() < until:
+    while time.monotonic() < begun + goal.seconds and record.total() < goal.requests:
         die = dice.random()
         _, kind, act = next(row for row in KINDS if die < row[0])
         try:
@@ -162,73 +161,76 @@ def client(server: Server, seed: int, until: float, record: Record) -> None:
             record.counts[kind] += 1
 
 
-def p99(record: Record, begin: float, end: float) -> float:
-    """Return the p99 of the seconds per token of what was served in a span of time."""
-    values = sorted(seconds for moment, seconds in record.served if begin <= moment < end)
+def p99(served: Sequence[tuple[float, float]]) -> float:
+    """Return the p99 of seconds per token."""
+    values = sorted(seconds for _, seconds in served)
     return values[len(values) * 99 // 100] if values else math.nan
 
 
-def verdict(name: str, holds: bool, text: str) -> bool:
-    """Print a line and return whether it holds."""
-    print(f"{'holds' if holds else 'FAILS':5}  {name}: {text}", flush=True)
-    return holds
+def latency(record: Record, begun: float, ended: float, goal: Goal) -> tuple[bool, str]:
+    """Compare the first minute with the last one; where requests are the goal, the first 1000 with the last."""
+    rows = sorted(record.served)
+    if goal.requests < math.inf:
+        count = min(1000, len(rows) // 3)
+        first, last, what = p99(rows[:count]), p99(rows[-count:]), f"{count} served requests"
+    else:
+        span = min(60.0, goal.seconds / 3)
+        first, last = p99([r for r in rows if r[0] < begun + span]), p99([r for r in rows if r[0] >= ended - span])
+        what = f"{span:.0f} s"
+    text = f"p99 {first * 1e3:.1f} ms per token in the first {what}, {last * 1e3:.1f} in the last"
+    return last <= MOST_SLOWER * first, f"{text}: {last / first:.2f} times, at most {MOST_SLOWER:g}"
 
 
-def soak(server: Server, clients: int, seconds: float) -> bool:
-    """Run the clients; print what came of it, and return whether all holds."""
+def memory(warm: Usage, after: Usage, requests: int) -> tuple[bool, str]:
+    """Compare what the worker holds after some requests with what it held before them."""
+    drift, each = after.kib - warm.kib, (after.kib - warm.kib) / max(1, requests)
+    text = f"{warm.kib / 1024:.1f} MiB before {requests} requests, {after.kib / 1024:.1f} after: {each:.2f} KiB each"
+    return drift <= MOST_MIB * 1024 and each <= MOST_KIB, f"{text}, at most {MOST_KIB:g}, and {MOST_MIB:g} MiB in all"
+
+
+def soak(server: Watched, clients: int, goal: Goal, warm_up: int = WARM_UP) -> dict[str, bool]:
+    """Run the clients; print what came of it, and return what holds."""
     record, begun = Record(), time.monotonic()
-    arguments = [(server, seed, begun + seconds, record) for seed in range(clients)]
+    arguments = [(server, seed, begun, goal, record) for seed in range(clients)]
     threads = [threading.Thread(target=client, args=each) for each in arguments]
     for thread in threads:
         thread.start()
-    while record.counts.total() < WARM_UP and time.monotonic() < begun + seconds:
+    while record.total() < warm_up and any(thread.is_alive() for thread in threads):
         time.sleep(0.1)
-    warm, before = server.usage(), record.counts.total()
+    warm, before = server.usage(), record.total()
     for thread in threads:
         thread.join()
     ended = time.monotonic()
     time.sleep(3.0)  # for what lingers
-    after, total = server.usage(), record.counts.total()
+    after, total = server.usage(), record.total()
     queue = json.loads(server.ask("GET", "/queue")[1])
-    drift, span = after.kib - warm.kib, min(60.0, seconds / 3)
-    first, last = p99(record, begun, begun + span), p99(record, ended - span, ended)
     counts = ", ".join(f"{n} {kind}" for kind, n in sorted(record.counts.items()))
+    found = {
+        "nothing lost": (not record.lost, f"{total} in {ended - begun:.0f} s ({counts}); {len(record.lost)} lost"),
+        "nothing left": (queue["running"] == queue["waiting"] == queue["open_requests"] == 0, f"{queue}"),
+        "same worker": (warm.pid == after.pid, f"{warm.pid}, {after.pid}"),
+        "memory": memory(warm, after, total - before),
+        "descriptors": (after.descriptors <= warm.descriptors, f"{warm.descriptors}, {after.descriptors}"),
+        "threads": (after.threads <= warm.threads + 4, f"{warm.threads}, {after.threads}"),
+        "latency": latency(record, begun, ended, goal),
+    }
     for line in record.lost[:5]:
         print("  lost: " + line)
-    return all(
-        [
-            verdict(
-                "requests", not record.lost, f"{total} in {ended - begun:.0f} s ({counts}); {len(record.lost)} lost"
-            ),
-            verdict("nothing left", queue["running"] == queue["waiting"] == queue["open_requests"] == 0, f"{queue}"),
-            verdict("same worker", warm.pid == after.pid, f"{warm.pid}, {after.pid}"),
-            verdict(
-                "memory",
-                drift <= MOST_MIB * 1024 and drift <= MOST_KIB * max(1, total - before),
-                f"{warm.kib / 1024:.1f} MiB after {before}, {after.kib / 1024:.1f} MiB at the end: "
-                f"{drift / max(1, total - before):.2f} KiB per request",
-            ),
-            verdict("descriptors", after.descriptors <= warm.descriptors, f"{warm.descriptors}, {after.descriptors}"),
-            verdict("threads", after.threads <= warm.threads + 4, f"{warm.threads}, {after.threads}"),
-            verdict(
-                "latency",
-                last <= MOST_SLOWER * first,
-                f"p99 {first * 1e3:.1f} ms per token in the first {span:.0f} s, {last * 1e3:.1f} in the last",
-            ),
-        ]
-    )
+    for name, (holds, text) in found.items():
+        print(f"{'holds' if holds else 'FAILS':5}  {name}: {text}", flush=True)
+    return {name: holds for name, (holds, _) in found.items()}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--model_path", type=Path, default=ROOT / "models" / "tiny-shakespeare")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        server = Server(Path(folder), args.model_path.resolve())
+        server = Watched(Path(folder), args.model_path.resolve())
         try:
-            return 0 if soak(server, args.clients, 60 * args.minutes) else 1
+            return 0 if all(soak(server, args.clients, Goal(seconds=60 * args.minutes)).values()) else 1
         finally:
             server.close()
 

@@ -11,9 +11,10 @@ import requests
 from live_server import FAULTY, Process, Streams, make_root, set_fault, until
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[Process]:
+@pytest.fixture(scope="module", params=["quick"])
+def server(request, tmp_path_factory) -> Iterator[Process]:
     root = make_root(tmp_path_factory.mktemp("faults"))
+    (root / request.param).touch()
     process = Process(root, "--slots", "2", "--threads", "1", "--drain", "2", script=FAULTY)
     assert process.post("/api/load_model", {"model_path": "models/other"}).status_code == 200
     yield process
@@ -36,6 +37,7 @@ def test_a_step_that_raises_ends_no_stream(server):
 
 @pytest.mark.fault("F10", "a step never ends")
 @pytest.mark.timeout(120)
+@pytest.mark.parametrize("server", ["quick", pytest.param("patient", marks=pytest.mark.slow)], indirect=True)
 def test_a_stalled_engine_turns_health_red_ends_what_waits_and_is_replaced(server):
     before = server.worker()
     set_fault(server, "stall")

@@ -8,12 +8,14 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from live_server import LONG, Process, make_root, raw, request_of, until
+from live_server import FAULTY, LONG, Process, Streams, make_root, raw, request_of, set_fault, until
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[Process]:
-    process = Process(make_root(tmp_path_factory.mktemp("rude")), "--slots", "4", "--threads", "1")
+@pytest.fixture(scope="module", params=["quick"])
+def server(request, tmp_path_factory) -> Iterator[Process]:
+    root = make_root(tmp_path_factory.mktemp("rude"))
+    (root / request.param).touch()
+    process = Process(root, "--slots", "8", "--threads", "1", "--max_streams", "200", script=FAULTY)
     yield process
     process.end()
 
@@ -53,7 +55,7 @@ class Trickle:
             connection.close()
 
 
-@pytest.mark.fault("F13", "heads and bodies of a byte a second")
+@pytest.mark.parametrize("server", ["quick", pytest.param("patient", marks=pytest.mark.slow)], indirect=True)
 def test_heads_and_bodies_that_trickle_hold_up_nobody_and_are_cut(server):
     head = b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Slow: "
     body = request_of(server, {}, length=100_000)
@@ -84,62 +86,109 @@ def reset(connection: socket.socket) -> None:
     connection.close()
 
 
-@pytest.mark.fault("F12", "fifty clients leave in every state")
 def test_fifty_clients_that_leave_in_every_state_leave_nothing_behind(server):
     stream = request_of(server, {**LONG, "stream": True})
     plain = request_of(server, LONG)
     leaving = [raw(server, stream if i % 2 else plain) for i in range(50)]
-    until(lambda: server.get("/queue").json()["running"] == 4 and server.get("/queue").json()["waiting"] == 46, 20)
+    until(lambda: server.get("/queue").json()["running"] == 8 and server.get("/queue").json()["waiting"] == 42, 20)
     for i, connection in enumerate(leaving):
         reset(connection) if i % 4 < 2 else connection.close()
     until(lambda: idle(server), 10)
     assert server.post("/api/generate", {"prompt": "Once", "max_new_tokens": 4}).status_code == 200
 
 
-@pytest.mark.fault("F14", "a client stops reading its stream")
+class Looks:
+    """Seconds that /health took, asked by a thread as long as this is open."""
+
+    def __init__(self, server: Process):
+        self.seconds: list[float] = []
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._look, args=(server,), daemon=True)
+        self._thread.start()
+
+    def _look(self, server: Process) -> None:
+        while not self._end.wait(0.05):
+            asked = time.monotonic()
+            assert server.get("/health").status_code == 200
+            self.seconds.append(time.monotonic() - asked)
+
+    def p99(self) -> float:
+        """End, and return the 99th percentile."""
+        self._end.set()
+        self._thread.join()
+        values = sorted(self.seconds)
+        median, p99 = values[len(values) // 2], values[-1 - len(values) // 100]
+        print(f"/health, {len(values)} times: median {median:.3f} s, p99 {p99:.3f} s")
+        return p99
+
+
+def tokens_per_second(server: Process, seconds: float) -> float:
+    """Return how many tokens the engine makes in a second, over so many."""
+    begun, before = time.monotonic(), server.get("/queue").json()["tokens"]
+    time.sleep(seconds)
+    return (server.get("/queue").json()["tokens"] - before) / (time.monotonic() - begun)
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(150)
-def test_a_reader_that_stops_is_cut_and_the_engine_does_not_wait_for_it(server):
-    body = {"prompt": "Once", "max_tokens": 2000, "ignore_eos": True, "n": 3, "logprobs": 5, "stream": True}
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("server", ["patient"], indirect=True)
+def test_two_hundred_readers_that_stop_are_cut_and_nobody_waits_for_them(server):
+    body = {"prompt": "Once", "max_tokens": 900, "ignore_eos": True, "stream": True}
     data = request_of(server, body).replace(b"/api/generate", b"/v1/completions")
-    connection = socket.socket()
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    with contextlib.closing(connection):
-        connection.connect(("127.0.0.1", server.port))
-        connection.sendall(data)
-        said = connection.recv(1024)
-        assert server.post("/api/generate", {"prompt": "Once", "max_new_tokens": 4}).status_code == 200
-        until(lambda: idle(server), 90)
-        with contextlib.suppress(ConnectionError):
-            while more := connection.recv(65536):
-                said += more
-    assert said.startswith(b"HTTP/1.1 200") and b"[DONE]" not in said
+    before, readers = server.memory(), []
+    try:
+        for _ in range(200):
+            readers.append(socket.socket())
+            readers[-1].setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            readers[-1].connect(("127.0.0.1", server.port))
+            readers[-1].sendall(data)
+        until(lambda: server.get("/queue").json()["open_requests"] == 200)
+        assert server.post("/api/generate", {"prompt": "Once"}).status_code == 429
+        looks, most = Looks(server), 0
+        for reader in readers[:8]:
+            assert reader.recv(1024).startswith(b"HTTP/1.1 200")
+        while not idle(server):
+            most = max(most, server.memory())
+            time.sleep(0.2)
+        print(f"memory at most {(most - before) / 1024:.0f} MiB above that before")
+        assert looks.p99() <= 0.25 and most - before <= 50 * 1024
+        for reader in readers:
+            reader.settimeout(10)
+            with contextlib.suppress(ConnectionError):
+                said = b""
+                while more := reader.recv(65536):
+                    said += more
+            assert b"[DONE]" not in said
+    finally:
+        for reader in readers:
+            reader.close()
 
 
-@pytest.mark.fault("F13", "hundreds of silent, half and slow connections")
 @pytest.mark.slow
 @pytest.mark.timeout(150)
-def test_health_stays_quick_among_hundreds_of_rude_clients(server):
+@pytest.mark.parametrize("server", ["patient"], indirect=True)
+def test_health_and_good_streams_stay_quick_among_hundreds_of_rude_clients(server):
     refused = request_of(server, {}, length=100_000).replace(b"/api/generate", b"/nowhere")
+    set_fault(server, "slow")  # so that steps, not this machine's load, make the pace
+    good = Streams(server, 8)
+    until(lambda: server.get("/queue").json()["running"] == 8)
+    clean = tokens_per_second(server, 5)
     trickle = Trickle(
         [raw(server, b"GET /health HTTP/1.1\r\nX-Slow: ") for _ in range(200)]
         + [raw(server, request_of(server, {}, length=100_000)) for _ in range(200)]
     )
     others = [raw(server, b"") for _ in range(200)] + [raw(server, refused) for _ in range(50)]
-    seconds = []
+    begun, looks = time.monotonic(), Looks(server)
     try:
-        begun = time.monotonic()
-        while time.monotonic() - begun < 12:
-            asked = time.monotonic()
-            assert server.get("/health").status_code == 200
-            seconds.append(time.monotonic() - asked)
-            time.sleep(0.02)
-        until(lambda: not trickle.open, 10)
+        among = tokens_per_second(server, 8)
+        until(lambda: not trickle.open, 30)
+        seconds = time.monotonic() - begun
+        print(f"{clean:.0f} tokens/s alone, {among:.0f} among rude clients, who were closed after {seconds:.1f} s")
+        assert looks.p99() <= 0.25 and among >= 0.9 * clean and seconds <= 15
     finally:
+        (server.root / "fault").unlink()
         trickle.close()
         for connection in others:
             connection.close()
-    seconds.sort()
-    p50, p99 = seconds[len(seconds) // 2], seconds[len(seconds) * 99 // 100]
-    print(f"/health: median {p50:.3f} s, p99 {p99:.3f} s")
-    assert p99 < 1.0  # 0.25 on an idle machine
+    until(good.ended)
+    assert all(lines[-1] == "[DONE]" for lines in good.lines)
