@@ -172,7 +172,9 @@ def test_health_and_good_streams_stay_quick_among_hundreds_of_rude_clients(serve
     set_fault(server, "slow")  # so that steps, not this machine's load, make the pace
     good = Streams(server, 8)
     until(lambda: server.get("/queue").json()["running"] == 8)
-    clean = tokens_per_second(server, 5)
+    looks = Looks(server)
+    clean = tokens_per_second(server, 5)  # with somebody who looks, as below
+    looks.p99()
     trickle = Trickle(
         [raw(server, b"GET /health HTTP/1.1\r\nX-Slow: ") for _ in range(200)]
         + [raw(server, request_of(server, {}, length=100_000)) for _ in range(200)]
