@@ -51,14 +51,16 @@ def all_at_once(server: Process, count: int) -> Counter[bytes]:
     return statuses
 
 
+@pytest.mark.fault("F15", "100 requests at once for a queue of 32")
 def test_a_full_queue_refuses_the_rest_at_once_and_serves_what_it_took(server):
     statuses = all_at_once(server, 100)
     assert statuses.keys() == {b"200", b"429"} and statuses[b"200"] >= 32
 
 
+@pytest.mark.fault("F15", "1000 requests at once for a queue of 64")
 @pytest.mark.slow
 @pytest.mark.timeout(180)
-def test_of_a_thousand_requests_at_once_those_that_find_no_place_are_told_so_quickly(tmp_path):
+def test_of_a_thousand_requests_at_once_those_that_find_no_place_are_told_so_quickly(tmp_path, record_property):
     root = make_root(tmp_path)
     server = Process(
         root, "--slots", "4", "--threads", "1", "--max_waiting", "64", "--max_streams", "900", script=FAULTY
@@ -67,7 +69,8 @@ def test_of_a_thousand_requests_at_once_those_that_find_no_place_are_told_so_qui
         set_fault(server, "slow")
         statuses = all_at_once(server, 1000)
         share = refusals_at_the_server(server, "/api/generate")
-        print(f"of 1000 requests at once: {dict(statuses)}; {share:.1%} began to be answered within 100 ms")
+        told = ", ".join(f"{n} times {status.decode()}" for status, n in sorted(statuses.items()))
+        record_property("found", f"{told}; {share:.1%} began to be answered within 100 ms of the server's time")
         assert statuses.keys() == {b"200", b"429"} and statuses[b"200"] >= 64 and share >= 0.99
         assert running(server) == (0, 0)
     finally:
@@ -78,6 +81,7 @@ PROMPTS = [[40 + i, 60, 80 + i] for i in range(8)]
 FAULTY_PROMPT = [40, 60, 279]  # see faulty_server.py
 
 
+@pytest.mark.fault("F9", "each step of one request of eight raises")
 def test_a_request_whose_steps_raise_fails_alone_among_eight_and_the_others_do_not_notice(server):
     bodies = [{"prompt": ids, "max_tokens": 12, "seed": i, "temperature": 1.0} for i, ids in enumerate(PROMPTS)]
     clean = [texts(streamed(server, body)) for body in bodies]
@@ -97,6 +101,7 @@ def texts(events: list[str]) -> list[str]:
     return [json.loads(event)["choices"][0]["text"] for event in events[:-1]]
 
 
+@pytest.mark.fault("F23", "ten racing loads while four streams run")
 def test_streams_end_on_the_old_model_while_ten_loads_race(server):
     streams = Streams(server, 4, tokens=100)
     until(lambda: running(server)[0] == 4)
@@ -118,6 +123,7 @@ def test_streams_end_on_the_old_model_while_ten_loads_race(server):
         assert lines[-1] == "[DONE]" and json.loads(lines[0])["model"] == "tiny-shakespeare"
 
 
+@pytest.mark.fault("F18", "SIGSEGV of the worker with two streams")
 def test_a_crash_cuts_streams_without_an_end_and_the_next_worker_has_the_same_model(server):
     streams, before = Streams(server, 2), server.worker()
     until(lambda: running(server)[0] == 2)
@@ -129,6 +135,7 @@ def test_a_crash_cuts_streams_without_an_end_and_the_next_worker_has_the_same_mo
     until(lambda: any("Segmentation fault" in line for line in server.lines))
 
 
+@pytest.mark.fault("F11", "SIGTERM with four streams and two waiting")
 def test_at_the_end_streams_are_told_and_what_waits_is_refused(server):
     streams = Streams(server, 6)
     until(lambda: running(server) == (4, 2))
@@ -143,9 +150,10 @@ JOB = {"dataset": "sums", "output_dir": "out/sums", "tokenizer": "char", "n_laye
 JOB |= {"block_size": 16, "batch_size": 2, "log_interval": 1, "eval_iters": 1, "max_iters": 10_000_000, "dtype": "fp32"}
 
 
+@pytest.mark.fault("F11", "SIGTERM with two streams, six waiting and a job")
 @pytest.mark.slow
 @pytest.mark.timeout(180)
-def test_a_job_does_not_notice_the_end_of_its_server_and_the_next_one_finds_it(tmp_path):
+def test_a_job_does_not_notice_the_end_of_its_server_and_the_next_one_finds_it(tmp_path, record_property):
     root = make_root(tmp_path)
     (root / "data" / "sums").mkdir(parents=True)
     (root / "data" / "sums" / "sums.txt").write_text("".join(f"{i} + 1 = {i + 1}\n" for i in range(2000)))
@@ -161,7 +169,9 @@ def test_a_job_does_not_notice_the_end_of_its_server_and_the_next_one_finds_it(t
         first.child.send_signal(signal.SIGTERM)
         until(streams.ended, 10)
         assert first.child.wait(10) == 0
-        print(f"the server ended {time.monotonic() - begun:.1f} s after SIGTERM, with 2 streams, 6 waiting and a job")
+        record_property(
+            "found", f"the server ended after {time.monotonic() - begun:.1f} s; the job went on, and was found"
+        )
         size = (root / "out" / "sums" / "metrics.jsonl").stat().st_size
         until(lambda: (root / "out" / "sums" / "metrics.jsonl").stat().st_size > size)
         second = Process(root, "--threads", "1")
