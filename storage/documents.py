@@ -14,7 +14,7 @@ import itertools
 import os
 import stat
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -163,6 +163,17 @@ def pieces(folder: Path, files: Sequence[Source]) -> Iterator[Piece]:
         with open(open_regular(folder, [source.name]), "rb") as f:
             read = _jsonl_pieces if source.name.endswith(".jsonl") else _txt_pieces
             yield from read(f, source.name)
+
+
+def reported(
+    stream: Iterator[Piece], files: Sequence[Source], progress: Callable[[str, int, int], None]
+) -> Iterator[Piece]:
+    """Give pieces as they come, and report how much of the text of `files` has been read; roughly, of lines of JSON."""
+    done, total = 0, sum(source.size for source in files)
+    for piece in stream:
+        done = min(done + len(piece.text), total)
+        progress("reading the text", done, total)
+        yield piece
 
 
 # ---- all documents at a glance

@@ -1,15 +1,15 @@
 """The token files that we made of a dataset's text: data/<name>/tokens/<fingerprint>/, one folder per tokenizer.
 
 A folder holds train.bin, val.bin, their masks if not all is learned, tokenizer.json and meta.json, which says of
-which version of which text files they are. It is written beside its place and renamed, so it is whole or not there.
-Who may write is the caller's matter: one process at a time. nanoGPT's files that came from elsewhere are not here.
+which version of which text files they are. It is written beside its place and renamed, so it is whole or not there;
+a killed preparation leaves an unfinished one (unfinished.py), which the next one goes on with. Who may write is the
+caller's matter: one process at a time. nanoGPT's files that came from elsewhere are not here.
 """
 
-import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from storage.chat_format import is_chat
-from storage.documents import Scan, Source, format_of, pieces, scan, validation_start
+from storage.documents import Scan, Source, format_of, pieces, reported, scan, validation_start
 from storage.errors import NoSpace, NotFound, NotLoadable, StorageError
 from storage.files import (
     NAME,
@@ -44,9 +44,11 @@ from storage.token_files import (
     write_tokens,
 )
 from storage.tokenizer import Tokenizer
+from storage.unfinished import Unfinished, saved
 
 SPLITS = ("train", "val")
 META_BYTES = 2**24
+UNFINISHED = ".unfinished-"  # and the fingerprint: no NAME begins with a dot
 EXPECTED_TOKENS_PER_BYTE = 0.4  # of byte pairs: English has 0.25, Python sources 0.35
 
 
@@ -108,36 +110,58 @@ class TokenCache:
             return False
 
     def build(self, files: Sequence[Source], tokenizer: Tokenizer, progress: Progress) -> None:
-        """Tokenize the text files; replaces what was there for this tokenizer."""
-        self.folder.mkdir(exist_ok=True)
-        sweep_temporary(self.folder)
-        with self._replacing(self.folder / tokenizer.fingerprint) as folder:
-            meta = self._write(folder, files, tokenizer, progress)
-            tokenizer.save(folder / "tokenizer.json")
-            write_json(folder / "meta.json", meta)
+        """Tokenize the text files; replaces what was there for this tokenizer.
 
-    def _write(self, folder: Path, files: Sequence[Source], tokenizer: Tokenizer, progress: Progress) -> dict[str, Any]:
-        progress("reading the text", 0, 0)
-        source = self.data / self.dataset
-        form, found, dtype = format_of(source, files), scan(pieces(source, files)), token_type(tokenizer.n_vocab)
+        Killed or stopped, it leaves what it has done, and the next call goes on from there; a failure leaves nothing.
+        """
+        form = format_of(self.data / self.dataset, files)
         if form == "chat" and not is_chat(tokenizer):
             raise NotLoadable(
                 f"dataset {self.dataset} is chat, and the tokenizer {tokenizer.name} has no tokens for it"
             )
+        self.folder.mkdir(exist_ok=True)
+        sweep_temporary(self.folder)
+        made_of = {"sources": [source.describe() for source in files], "format": form}
+        self._sweep_unfinished(made_of)
+        unfinished = Unfinished(self.folder / f"{UNFINISHED}{tokenizer.fingerprint}", made_of)
+        try:
+            meta = self._write(unfinished, files, tokenizer, progress)
+            tokenizer.save(unfinished.folder / "tokenizer.json")
+            write_json(unfinished.folder / "meta.json", meta | made_of)
+            unfinished.finish()
+            self._put_in_place(unfinished.folder, self.folder / tokenizer.fingerprint)
+        except OSError as e:
+            unfinished.discard()
+            if e.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise NoSpace(f"the disk is full: the tokens of dataset {self.dataset} could not be written") from e
+            raise
+        except Exception:
+            unfinished.discard()
+            raise
+
+    def _sweep_unfinished(self, made_of: dict[str, Any]) -> None:
+        """Remove unfinished tokens of other versions of the text, which nobody can go on with."""
+        for folder in self.folder.glob(f"{UNFINISHED}*"):
+            if saved(folder, made_of) is None:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _write(
+        self, unfinished: Unfinished, files: Sequence[Source], tokenizer: Tokenizer, progress: Progress
+    ) -> dict[str, Any]:
+        source, dtype, folder = self.data / self.dataset, token_type(tokenizer.n_vocab), unfinished.folder
+        found = unfinished.scan(lambda: scan(reported(pieces(source, files), files, progress)))
         expected = found.characters if tokenizer.kind == "char" else int(found.bytes * EXPECTED_TOKENS_PER_BYTE)
-        require_space(folder, expected * (dtype.itemsize + found.masked * MASK.itemsize))
+        require_space(folder, expected * (dtype.itemsize + found.masked * MASK.itemsize) - unfinished.written)
         labelled = split(pieces(source, files), found, validation_start(source, files))
-        write_tokens(folder, labelled, found, tokenizer, progress)
+        write_tokens(unfinished, labelled, found, tokenizer, progress)
         return {
             "tokenizer": tokenizer.name,
             "fingerprint": tokenizer.fingerprint,
             "dtype": dtype.name,
-            "format": form,
             "masked": found.masked,
             **self._sizes(folder, found, dtype, tokenizer),
             "documents": found.documents,
             "characters": found.characters,
-            "sources": [source.describe() for source in files],
         }
 
     def _sizes(self, folder: Path, found: Scan, dtype: np.dtype, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -157,22 +181,12 @@ class TokenCache:
         mask = open_tokens(folder, ["val.mask.bin"], MASK) if found.masked else None
         return sizes | {"bytes_per_token": bytes_per_token(val, tokenizer, mask)}
 
-    @contextlib.contextmanager
-    def _replacing(self, target: Path) -> Iterator[Path]:
-        """Give a new folder that takes the place of `target` when the block is done, and vanishes if it fails."""
-        temporary, old = temporary_beside(target), temporary_beside(target)
-        temporary.mkdir()
-        try:
-            yield temporary
-            sync_folder(temporary)
-            if target.exists():
-                os.rename(target, old)  # maps of its files stay valid in the processes that have them
-            os.rename(temporary, target)
-            sync_folder(self.folder)
-        except OSError as e:
-            if e.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise NoSpace(f"the disk is full: the tokens of dataset {self.dataset} could not be written") from e
-            raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
+    def _put_in_place(self, folder: Path, target: Path) -> None:
+        """Let a whole folder take the place of `target`."""
+        old = temporary_beside(target)
+        sync_folder(folder)
+        if target.exists():
+            os.rename(target, old)  # maps of its files stay valid in the processes that have them
+        os.rename(folder, target)
+        sync_folder(self.folder)
+        shutil.rmtree(old, ignore_errors=True)

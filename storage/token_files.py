@@ -4,11 +4,13 @@ Ids are little-endian uint16, as in nanoGPT, or uint32 when the vocabulary has m
 text is only read and not learned (prompts, what others say in a chat), train.mask.bin and val.mask.bin say so, one
 byte a token: the sum of LEARNED and BEGINS. Without them all is learned. All are read as memory maps.
 Writing splits the documents into train and val, tokenizes them in parallel and appends to plain files (a full disk
-then is an error, where a map would be a crash). Folders and caches are datasets.py's matter.
+then is an error, where a map would be a crash), which unfinished.py lets survive a kill. Folders and caches are
+datasets.py's matter.
 """
 
-import contextlib
+import itertools
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,11 +26,13 @@ from storage.errors import NotLoadable
 from storage.files import open_regular
 from storage.records import Piece
 from storage.tokenizer import Tokenizer
+from storage.unfinished import Unfinished
 
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, how much it is
 Ids = npt.NDArray[np.uint32]
 
 BATCH_CHARACTERS = 2**20  # per task of a thread
+SAVED_SECONDS = 2.0  # of work, after which it survives a kill
 FILES = ("train.bin", "val.bin", "train.mask.bin", "val.mask.bin")
 LEARNED, BEGINS = 1, 2  # in a mask: a model learns to say this token; a document begins with it
 MASK = np.dtype("u1")
@@ -240,12 +244,12 @@ class _Encoder:
         return data + [b"".join(side) for side in masks if self.masked], sum(len(piece.text) for _, piece in batch)
 
 
-def _in_order(encode: _Encoder, stream: Iterator[Labelled], threads: int) -> Iterator[tuple[list[bytes], int]]:
+def _in_order(encode: _Encoder, batches: Iterator[list[Labelled]], threads: int) -> Iterator[tuple[list[bytes], int]]:
     """Encode batches in `threads` threads (tiktoken leaves Python to the others); give them in their order."""
     running: deque[Future[tuple[list[bytes], int]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:
-            for batch in _batches(stream):
+            for batch in batches:
                 running.append(pool.submit(encode, batch))
                 if len(running) > 2 * threads:
                     yield running.popleft().result()
@@ -257,17 +261,21 @@ def _in_order(encode: _Encoder, stream: Iterator[Labelled], threads: int) -> Ite
 
 
 def write_tokens(
-    folder: Path, stream: Iterator[Labelled], found: Scan, tokenizer: Tokenizer, progress: Progress
+    unfinished: Unfinished, stream: Iterator[Labelled], found: Scan, tokenizer: Tokenizer, progress: Progress
 ) -> None:
-    """Write the documents that `split` labelled into the token files of `folder`, synced to the disk."""
+    """Write the documents that `split` labelled into token files, synced to the disk, from where they stand on."""
     encode, done = _Encoder(tokenizer, separator(tokenizer, found.documents), found.masked), 0
-    with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(open(folder / name, "xb")) for name in FILES[: 4 if found.masked else 2]]
-        for data, characters in _in_order(encode, stream, usable_cores()):
+    with unfinished.files(FILES[: 4 if found.masked else 2]) as files:
+        batches, number, saved = _batches(stream), unfinished.batches, time.monotonic()
+        for batch in itertools.islice(batches, number):
+            done += sum(len(piece.text) for _, piece in batch)
+            progress("finding the place where it stopped", done, found.characters)
+        for data, characters in _in_order(encode, batches, usable_cores()):
             for f, part in zip(files, data, strict=True):
                 f.write(part)
-            done += characters
+            done, number = done + characters, number + 1
+            if time.monotonic() - saved >= SAVED_SECONDS:
+                unfinished.done(files, number)
+                saved = time.monotonic()
             progress("tokenizing", done, found.characters)
-        for f in files:
-            f.flush()
-            os.fsync(f.fileno())
+        unfinished.done(files, number)

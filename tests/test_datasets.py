@@ -1,11 +1,13 @@
 """Datasets: text of any kind becomes the right tokens once, and what cannot be trained on is refused with a reason."""
 
+import contextlib
 import io
 import itertools
 import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -359,6 +361,126 @@ def test_what_a_killed_tokenization_left_is_swept(workspace):
     left.mkdir(parents=True)
     source.prepare(BPE)
     assert not left.exists()
+
+
+class Killed(BaseException):
+    """The end of a process, at any place."""
+
+
+def killed_at(batch: int, monkeypatch):
+    """Let the process end when it encodes this batch for the first time."""
+    encode, seen = token_files._Encoder.__call__, itertools.count()
+
+    def encoding(self, *args):
+        if next(seen) == batch:
+            raise Killed
+        return encode(self, *args)
+
+    monkeypatch.setattr(token_files._Encoder, "__call__", encoding)
+
+
+def token_bytes(source: Dataset, tokenizer) -> dict[str, bytes]:
+    folder = source.folder / "tokens" / tokenizer.fingerprint
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+KINDS = {"text": {"text_txt": TEXT * 3}, "documents": {"a_jsonl": jsonl([f"{i} {SENTENCES}" for i in range(200)])}}
+KINDS["masked"] = {
+    "a_jsonl": "".join(json.dumps({"prompt": f"{i}?", "completion": SENTENCES}) + "\n" for i in range(200))
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_tokenization_goes_on_where_it_was_and_makes_the_same_files(workspace, monkeypatch, kind):
+    monkeypatch.setattr(token_files, "BATCH_CHARACTERS", 500)
+    monkeypatch.setattr(token_files, "SAVED_SECONDS", 0.0)
+    monkeypatch.setattr(token_files, "usable_cores", lambda: 1)
+    monkeypatch.setattr(documents, "READ_BYTES", 700)
+    whole, source, report = make(workspace, "whole", **KINDS[kind]), make(workspace, "a", **KINDS[kind]), Recorder()
+    stamp = (whole.folder / next(iter(KINDS[kind])).replace("_", ".")).stat().st_mtime_ns
+    os.utime(source.folder / next(iter(KINDS[kind])).replace("_", "."), ns=(stamp, stamp))
+    whole.prepare(BPE)
+    for batch in (11, 8, 2):  # of the ones that are left
+        with monkeypatch.context() as patch:
+            killed_at(batch, patch)
+            with pytest.raises(Killed):
+                source.prepare(BPE)
+    (left,) = (source.folder / "tokens").iterdir()
+    (left / "train.bin").write_bytes((left / "train.bin").read_bytes() + b"half a batch")
+    source.prepare(BPE, report)
+    assert token_bytes(source, BPE) == token_bytes(whole, BPE) and len(os.listdir(source.folder / "tokens")) == 1
+    stages = [what for what, _, _ in report.seen]
+    assert "reading the text" not in stages and stages.count("finding the place where it stopped") >= 9
+
+
+def test_a_killed_tokenization_of_another_text_or_with_damaged_files_begins_anew(workspace, monkeypatch):
+    monkeypatch.setattr(token_files, "BATCH_CHARACTERS", 500)
+    monkeypatch.setattr(token_files, "SAVED_SECONDS", 0.0)
+    monkeypatch.setattr(documents, "READ_BYTES", 300)
+    source = make(workspace, "a", text_txt=TEXT)
+    for spoil in (
+        lambda left: (source.folder / "text.txt").write_text(TEXT + "and more"),
+        lambda left: (left / "progress.json").write_text("{"),
+        lambda left: (left / "val.bin").unlink(),
+        lambda left: (left / "documents.bin").write_bytes(b"x"),
+    ):
+        with monkeypatch.context() as patch:
+            killed_at(7, patch)
+            with pytest.raises(Killed):
+                source.prepare(BPE)
+        (left,) = source.folder.glob("tokens/.unfinished-*")
+        spoil(left)
+        splits = source.prepare(BPE)
+        assert BPE.decode([*splits.train, *splits.val]) == (source.folder / "text.txt").read_text()
+        shutil.rmtree(source.folder / "tokens")
+
+
+def test_unfinished_tokens_of_another_tokenizer_stay_until_the_text_changes(workspace, monkeypatch):
+    source = make(workspace, "a", text_txt=TEXT)
+    with monkeypatch.context() as patch:
+        killed_at(0, patch)
+        with pytest.raises(Killed):
+            source.prepare(BPE)
+    source.prepare(LETTERS)
+    assert len(list(source.folder.glob("tokens/.unfinished-*"))) == 1 and source.describe()["error"] is None
+    (source.folder / "text.txt").write_text(TEXT + SENTENCES)
+    source.prepare(LETTERS)
+    assert list(source.folder.glob("tokens/.unfinished-*")) == []
+
+
+PREPARE = """
+import sys
+from pathlib import Path
+from storage import documents, token_files, tokenizer
+from storage.datasets import dataset
+from storage.runs import Workspace
+documents.READ_BYTES, token_files.BATCH_CHARACTERS, token_files.SAVED_SECONDS = 2**14, 2**14, 0.0
+root = Path(sys.argv[1])
+dataset(Workspace(root), "a").prepare(tokenizer.load(root / "tokenizer.json"))
+"""
+
+
+def batches_done(source: Dataset) -> int:
+    for path in source.folder.glob("tokens/.unfinished-*/progress.json"):
+        with contextlib.suppress(FileNotFoundError):
+            return json.loads(path.read_text())["batches"]
+    return 0
+
+
+def test_a_process_killed_while_it_tokenizes_has_not_worked_in_vain(workspace):
+    source, root = make(workspace, "a", text_txt="".join(f"{i} {SENTENCES}" for i in range(40_000))), workspace.root
+    BPE.save(root / "tokenizer.json")
+    argv, reached = [sys.executable, "-c", PREPARE, str(root)], 0
+    for _ in range(3):
+        child = subprocess.Popen(argv, cwd=Path(documents.__file__).parents[1])
+        while child.poll() is None and batches_done(source) < reached + 8:
+            time.sleep(0.005)
+        child.kill()
+        assert child.wait() == -signal.SIGKILL and batches_done(source) > reached
+        reached = batches_done(source)
+    subprocess.run(argv, cwd=Path(documents.__file__).parents[1], check=True)
+    splits = source.prepare(BPE)
+    assert BPE.decode([*splits.train, *splits.val]) == (source.folder / "text.txt").read_text()
 
 
 def test_two_preparations_at_once_do_the_work_once(workspace):
