@@ -213,6 +213,20 @@ def save_plot(client: ApiClient, name: str, output: Path | None, others: tuple[s
     save_picture(client, name, others, Path(f"{name}.svg") if output is None else output)
 
 
+@command(jobs, "samples")
+@name_argument
+@click.option("--last", type=click.IntRange(min=1), help="Only so many, the newest.")
+def samples(client: ApiClient, name: str, last: int | None) -> None:
+    """Show what a job's model wrote at each evaluation, from the same prompt and the same random numbers."""
+    rows = client.samples(name)[-(last or 0) :]
+    if raw():
+        return print_reply({"samples": rows})
+    if not rows:
+        note(f"job {name} has written no samples yet")
+    for row in rows:
+        say(f"--- iteration {row['iter_num']}\n{row['prompt']}{row['text']}")
+
+
 @command(jobs, "log")
 @name_argument
 @click.option("--follow", "live", is_flag=True, help="Go on until the job ends.")

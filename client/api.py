@@ -178,6 +178,11 @@ class ApiClient:
         rows: list[Reply] = self.on_job("GET", "/metrics", name, params={"after": after})["metrics"]
         return rows
 
+    def samples(self, name: str) -> list[Reply]:
+        """Return a job's text samples, the first one first."""
+        rows: list[Reply] = self.on_job("GET", "/samples", name)["samples"]
+        return rows
+
     def picture(self, name: str, others: tuple[str, ...] = ()) -> bytes:
         """Return the losses of a job, and of others beside it, as an SVG picture."""
         path = f"/api/jobs/{quote(name, safe='')}/plot.svg"

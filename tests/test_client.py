@@ -32,6 +32,10 @@ def sse(*frames: str) -> tuple[int, str, bytes]:
     return 200, "text/event-stream", "".join(f"{frame}\n\n" for frame in frames).encode()
 
 
+SAMPLES = [
+    {"iter_num": 10, "prompt": "def ", "text": "x"},
+    {"iter_num": 20, "prompt": "def ", "text": "f():\x1b[2J"},
+]
 SIZED = {"id": "mine", "kind": "trained", "loaded": True, "parameters": 1234567, "size_bytes": 2469134}
 SIZED |= {"memory_bytes": 9876543}
 
@@ -73,6 +77,7 @@ class FakeServer(ThreadingHTTPServer):
             "GET /api/jobs": lambda: {"jobs": [self.job]},
             "GET /api/jobs/mine": self.look,
             "GET /api/jobs/mine/metrics": lambda: {"metrics": self.rows(query)},
+            "GET /api/jobs/mine/samples": lambda: {"samples": SAMPLES},
             "GET /api/jobs/mine/log": lambda: self.log(query),
             "POST /api/jobs/mine/stop": lambda: self.job | {"state": "stopped"},
             "POST /api/jobs/mine/resume": lambda: self.job | {"state": "queued"},
@@ -555,6 +560,14 @@ def test_the_live_view_shows_bar_losses_plot_and_sample(server, capsys, monkeypa
     shown = capsys.readouterr().out
     assert job["state"] == "succeeded" and "iteration 40 of 40" in shown
     assert "o" in shown and "4.100" in shown and "def f():" in shown and "\x1b[2J" not in shown
+
+
+def test_the_samples_of_a_job_are_shown_with_their_iterations(server):
+    done = run("jobs", "samples", "mine", "--last", "1")
+    assert done.stdout == "--- iteration 20\ndef f():\\x1b[2J\n"
+    assert run("jobs", "samples", "mine").stdout.startswith("--- iteration 10\ndef x\n--- iteration 20\n")
+    assert json.loads(run("jobs", "samples", "mine", "--json").stdout) == {"samples": SAMPLES}
+    assert run("jobs", "samples", "mine", "--last", "0").exit_code == 2
 
 
 def test_the_live_view_says_when_the_server_is_away():

@@ -6,6 +6,7 @@ import pytest
 from fakes import FakeServer, byte_tokenizer, events
 
 from storage.errors import Unreachable
+from training import metrics
 
 TRAIN = {"dataset": "shakesphere", "output_dir": "out/shakespeare_model", "model_type": "gpt2", "batch_size": 4}
 TRAIN |= {"learning_rate": 3e-5, "max_iters": 20, "eval_interval": 5}
@@ -80,7 +81,7 @@ def test_jobs_are_listed_and_described(server):
     assert job["sample"] == {"iter_num": 5, "prompt": "To", "text": " be"}
 
 
-@pytest.mark.parametrize("path", ["", "/metrics", "/plot.svg", "/log", "/log?follow=1"])
+@pytest.mark.parametrize("path", ["", "/metrics", "/samples", "/plot.svg", "/log", "/log?follow=1"])
 def test_an_unknown_job_is_not_found(server, path):
     assert server.get(f"/api/jobs/nobody{path}").status_code == 404
     assert server.get(f"/api/jobs/..%2f..%2fetc{path}").status_code in (400, 404)
@@ -149,12 +150,22 @@ def test_an_empty_body_resumes_with_the_old_end(server):
 def test_metrics_come_after_an_iteration(server):
     server.post("/api/train", TRAIN)
     rows = [{"iter_num": k, "loss": 4.0 - k} for k in range(4)]
-    metrics = server.workspace.run("shakespeare_model").metrics
-    metrics.write_text("".join(f'{{"iter_num": {row["iter_num"]}, "loss": {row["loss"]}}}\n' for row in rows))
+    file = server.workspace.run("shakespeare_model").metrics
+    file.write_text("".join(f'{{"iter_num": {row["iter_num"]}, "loss": {row["loss"]}}}\n' for row in rows))
     assert server.get("/api/jobs/shakespeare_model/metrics").json["metrics"] == rows
     assert server.get("/api/jobs/shakespeare_model/metrics?after=1").json["metrics"] == rows[2:]
     assert server.get("/api/jobs/shakespeare_model/metrics?limit=1").json["metrics"] == rows[-1:]
     assert server.get("/api/jobs/shakespeare_model/metrics?after=x").status_code == 400
+
+
+def test_samples_come_in_their_order_and_after_an_iteration(server):
+    server.post("/api/train", TRAIN)
+    assert server.get("/api/jobs/shakespeare_model/samples").json == {"samples": []}
+    rows = [{"iter_num": k, "prompt": "To be", "text": f", or {k}"} for k in (10, 20, 30)]
+    for row in rows:
+        metrics.append(server.workspace.run("shakespeare_model").samples, row)
+    assert server.get("/api/jobs/shakespeare_model/samples").json["samples"] == rows
+    assert server.get("/api/jobs/shakespeare_model/samples?after=10&limit=1").json["samples"] == rows[-1:]
 
 
 def test_the_losses_of_jobs_come_as_one_picture(server):

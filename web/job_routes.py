@@ -44,6 +44,7 @@ from web.schemas import (
     PriorityBody,
     ResumeBody,
     Rows,
+    Samples,
     TrainBody,
     Training,
     UploadedDataset,
@@ -154,6 +155,15 @@ def job_metrics(path: NamePath, query: MetricsQuery) -> dict[str, Any]:
     ctx.jobs.get(path.name)
     rows = training_metrics.read(ctx.workspace.run(path.name).metrics, after=query.after)
     return {"metrics": rows if query.limit is None else rows[-query.limit :]}
+
+
+@routes.get("/api/jobs/<name>/samples", responses={200: Samples, 404: Error})
+def job_samples(path: NamePath, query: MetricsQuery) -> dict[str, Any]:
+    """Return what the model wrote at each evaluation, from the same prompt and the same random numbers."""
+    ctx = context()
+    ctx.jobs.get(path.name)
+    rows = training_metrics.read(ctx.workspace.run(path.name).samples, after=query.after)
+    return {"samples": rows if query.limit is None else rows[-query.limit :]}
 
 
 @routes.get(

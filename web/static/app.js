@@ -247,6 +247,8 @@ async function refreshCurve() {
   shown.after = shown.rows.at(-1)?.iter_num ?? -1;
   $("curve-name").textContent = shown.name;
   drawCurve(shown.rows);
+  const { samples: [sample] } = await get(`/api/jobs/${encodeURIComponent(shown.name)}/samples?limit=1`);
+  $("sample").textContent = sample ? `At iteration ${sample.iter_num}: ${sample.prompt}${sample.text}` : "";
 }
 
 /** Draw train and validation loss over iterations. */
