@@ -209,7 +209,7 @@ def compare_jobs(client: ApiClient, names: tuple[str, ...]) -> None:
     "--compare", "others", multiple=True, callback=check_names, help="Another job. May be given several times."
 )
 def save_plot(client: ApiClient, name: str, output: Path | None, others: tuple[str, ...]) -> None:
-    """Save the losses of a job as a picture, an SVG file for browsers and documents."""
+    """Save the losses of a job as a picture: a file that ends in .png, else SVG for browsers and documents."""
     save_picture(client, name, others, Path(f"{name}.svg") if output is None else output)
 
 

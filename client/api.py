@@ -183,9 +183,9 @@ class ApiClient:
         rows: list[Reply] = self.on_job("GET", "/samples", name)["samples"]
         return rows
 
-    def picture(self, name: str, others: tuple[str, ...] = ()) -> bytes:
-        """Return the losses of a job, and of others beside it, as an SVG picture."""
-        path = f"/api/jobs/{quote(name, safe='')}/plot.svg"
+    def picture(self, name: str, others: tuple[str, ...] = (), kind: str = "svg") -> bytes:
+        """Return the losses of a job, and of others beside it, as a picture of a kind: svg or png."""
+        path = f"/api/jobs/{quote(name, safe='')}/plot.{kind}"
         return self.send("GET", path, params={"compare": ",".join(others) or None}).content
 
     def log_events(self, name: str) -> Iterator[Reply]:

@@ -108,8 +108,8 @@ def compare(client: ApiClient, names: tuple[str, ...]) -> None:
 
 
 def save_picture(client: ApiClient, name: str, others: tuple[str, ...], path: Path) -> None:
-    """Write the picture of a job's losses, and of others beside it, into a file."""
-    content = client.picture(name, others)
+    """Write the picture of a job's losses, and of others beside it, into a file: PNG by its ending, else SVG."""
+    content = client.picture(name, others, "png" if path.suffix.lower() == ".png" else "svg")
     try:
         path.write_bytes(content)
     except OSError as error:

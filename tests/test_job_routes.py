@@ -81,7 +81,7 @@ def test_jobs_are_listed_and_described(server):
     assert job["sample"] == {"iter_num": 5, "prompt": "To", "text": " be"}
 
 
-@pytest.mark.parametrize("path", ["", "/metrics", "/samples", "/plot.svg", "/log", "/log?follow=1"])
+@pytest.mark.parametrize("path", ["", "/metrics", "/samples", "/plot.svg", "/plot.png", "/log", "/log?follow=1"])
 def test_an_unknown_job_is_not_found(server, path):
     assert server.get(f"/api/jobs/nobody{path}").status_code == 404
     assert server.get(f"/api/jobs/..%2f..%2fetc{path}").status_code in (400, 404)
@@ -175,6 +175,12 @@ def test_the_losses_of_jobs_come_as_one_picture(server):
     reply = server.get("/api/jobs/shakespeare_model/plot.svg?compare=second,second,")
     assert reply.mimetype == "image/svg+xml" and "second: best 4.0000 at 0" in reply.text
     assert "no losses yet" in server.get("/api/jobs/shakespeare_model/plot.svg").text
+    pixels = server.get("/api/jobs/shakespeare_model/plot.png?compare=second")
+    assert (
+        pixels.mimetype == "image/png"
+        and pixels.data.startswith(b"\x89PNG")
+        and pixels.data.endswith(b"IEND\xaeB`\x82")
+    )
 
 
 @pytest.mark.parametrize(
@@ -182,7 +188,8 @@ def test_the_losses_of_jobs_come_as_one_picture(server):
 )
 def test_a_picture_of_what_is_not_there_is_refused(server, query, status):
     server.post("/api/train", TRAIN)
-    assert server.get(f"/api/jobs/shakespeare_model/plot.svg?compare={query}").status_code == status
+    for kind in ("svg", "png"):
+        assert server.get(f"/api/jobs/shakespeare_model/plot.{kind}?compare={query}").status_code == status
 
 
 def test_a_log_is_read_and_followed(server):

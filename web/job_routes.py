@@ -16,7 +16,7 @@ from storage import uploads
 from storage.errors import Unreachable
 from storage.registry import pretrained_names, resolve
 from training import metrics as training_metrics
-from training import plot
+from training import plot, raster
 from training.config import TrainConfig
 from training.config import resolve as resolve_config
 from training.dry_run_process import DryRunFailed, try_out
@@ -166,22 +166,33 @@ def job_samples(path: NamePath, query: MetricsQuery) -> dict[str, Any]:
     return {"samples": rows if query.limit is None else rows[-query.limit :]}
 
 
-@routes.get(
-    "/api/jobs/<name>/plot.svg",
-    responses={200: {"description": "the picture", "content": {"image/svg+xml": {}}}, 404: Error},
-)
-def job_plot(path: NamePath, query: PlotQuery) -> Response:
-    """Draw the losses of a job, and of others beside it."""
+def _drawn(name: str, compare: str) -> str:
+    """Return the losses of a job, and of others named in `compare`, as SVG."""
     ctx = context()
-    names = list(dict.fromkeys([path.name, *filter(None, query.compare.split(","))]))
+    names = list(dict.fromkeys([name, *filter(None, compare.split(","))]))
     if len(names) > plot.MOST_CURVES:
         raise Refused(
             400, f"compare makes {len(names)} jobs; a picture has at most {plot.MOST_CURVES}", param="compare"
         )
-    for name in names:
-        ctx.jobs.get(name)
-    curves = [plot.Curves.of(name, training_metrics.read(ctx.workspace.run(name).metrics)) for name in names]
-    return Response(plot.svg(curves), mimetype="image/svg+xml")
+    for each in names:
+        ctx.jobs.get(each)
+    return plot.svg([plot.Curves.of(each, training_metrics.read(ctx.workspace.run(each).metrics)) for each in names])
+
+
+def _picture(kind: str) -> dict[str | int | HTTPStatus, Any]:
+    return {200: {"description": "the picture", "content": {kind: {}}}, 404: Error}
+
+
+@routes.get("/api/jobs/<name>/plot.svg", responses=_picture("image/svg+xml"))
+def job_plot(path: NamePath, query: PlotQuery) -> Response:
+    """Draw the losses of a job, and of others beside it."""
+    return Response(_drawn(path.name, query.compare), mimetype="image/svg+xml")
+
+
+@routes.get("/api/jobs/<name>/plot.png", responses=_picture("image/png"))
+def job_plot_png(path: NamePath, query: PlotQuery) -> Response:
+    """Draw the same picture as pixels, for what cannot show SVG."""
+    return Response(raster.png(_drawn(path.name, query.compare)), mimetype="image/png")
 
 
 def _follow(ctx: Context, name: str, client: Client) -> Iterator[dict[str, Any] | None]:
