@@ -1,14 +1,13 @@
 """Training jobs beside each other: validation losses in one plot, what they came to, and the settings that differ."""
 
 import json
-from bisect import bisect
 from pathlib import Path
 from statistics import median
 
 import click
 
 from client.api import ApiClient, ApiError, Reply
-from client.follow import HEIGHT, WIDTH, Points
+from client.follow import HEIGHT, WIDTH, Points, by_column
 from client.view import note, print_reply, print_table, raw, say
 
 MARKS = "abcdef"  # the letter of each job, in the plot and in the tables
@@ -31,22 +30,6 @@ def tokens_differ(runs: list[list[Reply]]) -> bool:
     return bool(sizes) and max(sizes) > 1.001 * min(sizes)
 
 
-def column_of(at: float, last: float) -> int:
-    """Return the column of the plot that an iteration lies in."""
-    return round(at / last * (WIDTH - 1))
-
-
-def by_column(points: Points, last: float) -> dict[int, float]:
-    """Return a curve's loss in each column from its first point to its last, on the lines between its points."""
-    found = {column_of(at, last): loss for at, loss in points}
-    for x in range(min(found) + 1, max(found)):
-        at = x / (WIDTH - 1) * last
-        right = min(max(1, bisect(points, at, key=lambda point: point[0])), len(points) - 1)
-        (at0, loss0), (at1, loss1) = points[right - 1], points[right]
-        found[x] = loss0 + (loss1 - loss0) * (at - at0) / (at1 - at0)
-    return found
-
-
 def plot(curves: list[Points]) -> list[str]:
     """Draw each curve in its own letter, the range of the losses at the left and that of the iterations below."""
     points = [point for curve in curves for point in curve]
@@ -55,7 +38,7 @@ def plot(curves: list[Points]) -> list[str]:
     high, low, last = max(y for _, y in points), min(y for _, y in points), max(1, *(at for at, _ in points))
     cells = [[" "] * WIDTH for _ in range(HEIGHT)]
     for mark, curve in zip(MARKS, curves, strict=False):
-        for x, loss in (by_column(curve, last) if curve else {}).items():
+        for x, loss in (by_column(curve, last, WIDTH) if curve else {}).items():
             row = cells[round((high - loss) / max(high - low, 1e-9) * (HEIGHT - 1))]
             row[x] = mark if row[x] == " " else SEVERAL
     label = {0: f"{high:.3f}", HEIGHT - 1: f"{low:.3f}"}

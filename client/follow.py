@@ -6,6 +6,7 @@ A server that is away does not end the view: jobs outlive it. Ctrl-C ends the vi
 import json
 import sys
 import time
+from bisect import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -71,17 +72,30 @@ def watch(client: ApiClient, name: str) -> Iterator[Watched]:
         time.sleep(pause)
 
 
+def by_column(points: Points, last: float, columns: int) -> dict[int, float]:
+    """Return a curve's loss in each of `columns` from its first point to its last, on the lines between its points."""
+    found = {round(at / last * (columns - 1)): loss for at, loss in points}
+    for x in range(min(found) + 1, max(found)):
+        at = x / (columns - 1) * last
+        right = min(max(1, bisect(points, at, key=lambda point: point[0])), len(points) - 1)
+        (at0, loss0), (at1, loss1) = points[right - 1], points[right]
+        if x not in found:
+            found[x] = loss0 + (loss1 - loss0) * (at - at0) / max(at1 - at0, 1e-9)
+    return found
+
+
 def plot(train: Points, val: Points) -> list[str]:
-    """Draw the training losses in braille dots and each validation loss as an `o`, the range at the left."""
+    """Draw the training losses as a line of braille dots and each validation loss as an `o`, the range at the left."""
     points = train + val
     if not points:
         return []
     high, low = max(loss for _, loss in points), min(loss for _, loss in points)
     last = max(1, *(at for at, _ in points))
     cells = [[0x2800] * WIDTH for _ in range(HEIGHT)]
-    for series, mark in ((train, None), (val, ord("o"))):
-        for at, loss in series:
-            x = round(at / last * (2 * WIDTH - 1))
+    dots, marks = ([(round(at / last * (2 * WIDTH - 1)), loss) for at, loss in series] for series in (train, val))
+    dots += by_column(train, last, 2 * WIDTH).items() if train else []
+    for series, mark in ((dots, None), (marks, ord("o"))):
+        for x, loss in series:
             y = round((high - loss) / max(high - low, 1e-9) * (4 * HEIGHT - 1))
             cells[y // 4][x // 2] = mark or cells[y // 4][x // 2] | BRAILLE[y % 4][x % 2]
     label = {0: f"{high:.3f}", HEIGHT - 1: f"{low:.3f}"}

@@ -48,6 +48,8 @@ TRAINING: Options = {
     "seed": (int, "Seed of weights, data order and samples."),
     "dtype": (str, "auto, fp32, bf16 or fp16."),
     "device": (str, "auto, cpu, cuda or mps."),
+    "tensorboard": (bool, "Write TensorBoard's event files, too."),
+    "wandb": (bool, "Send rows and samples to Weights & Biases, too."),
     "nproc_per_node": (int, "Processes that share each batch, on a GPU each or on the CPU."),
     "shard": (bool, "Split weights and moments among the processes."),
 }
@@ -58,7 +60,8 @@ def options(table: Options) -> Callable[..., Any]:
 
     def add(command: Callable[..., Any]) -> Callable[..., Any]:
         for name, (kind, help) in reversed(table.items()):
-            command = click.option(f"--{name}", type=kind, help=help)(command)
+            more = {"is_flag": True, "default": None} if kind is bool else {"type": kind}
+            command = click.option(f"--{name}", help=help, **more)(command)
         return command
 
     return add

@@ -29,6 +29,7 @@ READ_BYTES = 2**20
 MAX_LINE_BYTES = 64 * 2**20
 MAX_PIECE = 4 * 2**20  # characters; only text without any space or line end is cut elsewhere than between words
 COUNTED_BYTES = 32 * 2**20  # of files up to this size the lines are counted for a listing
+NOT_UTF8 = "not UTF-8 text at byte {}; of another encoding it can be uploaded with that encoding named"
 BINARY = {b"\x1f\x8b": "a gzip archive", b"PK\x03\x04": "a zip archive", b"PAR1": "a Parquet file"}
 
 
@@ -80,7 +81,7 @@ def _jsonl_pieces(f: BinaryIO, name: str) -> Iterator[Piece]:
         try:
             yield from reader.pieces(line)
         except UnicodeDecodeError as e:
-            raise NotLoadable(f"{name} line {number} is not UTF-8 text at byte {offset + e.start}") from None
+            raise NotLoadable(f"{name} line {number} is {NOT_UTF8.format(offset + e.start)}") from None
         except ValueError as e:
             raise NotLoadable(f"{name} line {number} cannot be used: {str(e)[:200]}") from None
 
@@ -128,7 +129,7 @@ def _decode(utf8: codecs.IncrementalDecoder, data: bytes, consumed: int, name: s
     try:
         text = utf8.decode(data, final=not data)
     except UnicodeDecodeError as e:
-        raise NotLoadable(f"{name} is not UTF-8 text at byte {consumed - waiting + e.start}") from None
+        raise NotLoadable(f"{name} is {NOT_UTF8.format(consumed - waiting + e.start)}") from None
     if b"\0" in data:
         raise NotLoadable(f"{name} is not text: it has a NUL byte at byte {consumed + data.index(0)}")
     return text

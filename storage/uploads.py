@@ -85,7 +85,10 @@ def upload(
     temporary.mkdir()
     try:
         replace_file(temporary / STORED_AS[suffix], lambda f: _copy(stream, f, limit, encoding))
-        found = scan(pieces(temporary, sources(temporary)))
+        try:
+            found = scan(pieces(temporary, sources(temporary)))
+        except NotLoadable as e:  # which knows the file by our name
+            raise NotLoadable(f"file{str(e).removeprefix(STORED_AS[suffix])}") from None
         if found.characters == 0:
             raise NotLoadable("file has no text")
         os.rename(temporary, target)  # fails if another upload was quicker: its folder is not empty

@@ -562,6 +562,13 @@ def test_the_live_view_shows_bar_losses_plot_and_sample(server, capsys, monkeypa
     assert "o" in shown and "4.100" in shown and "def f():" in shown and "\x1b[2J" not in shown
 
 
+def test_trackers_are_flags_and_are_not_sent_unless_given(server):
+    for flags, sent in (((), {}), (("--tensorboard", "--wandb"), {"tensorboard": True, "wandb": True})):
+        run("train", "--dataset", "stdlib", "--output_dir", "out/mine", *flags)
+        body = server.requests[-1][2]
+        assert {name: body[name] for name in ("tensorboard", "wandb") if name in body} == sent
+
+
 def test_the_samples_of_a_job_are_shown_with_their_iterations(server):
     done = run("jobs", "samples", "mine", "--last", "1")
     assert done.stdout == "--- iteration 20\ndef f():\\x1b[2J\n"
@@ -587,6 +594,11 @@ def test_until_there_are_losses_the_view_shows_the_last_line_of_the_log():
 def test_a_job_that_is_being_stopped_says_so(server):
     server.answers["POST /api/jobs/mine/stop"] = server.job | {"stopping": True}
     assert run("jobs", "stop", "mine").stdout == "mine stopping  iteration 0 of 40\n"
+
+
+def test_a_few_losses_are_a_line_and_not_only_dots():
+    drawn = "".join(plot([(0, 4.0), (100, 2.0)], [])[:10])
+    assert sum("\u2801" <= character <= "\u28ff" for character in drawn) >= 60
 
 
 def test_the_plot_falls_with_the_loss_and_has_its_size():

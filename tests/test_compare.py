@@ -10,7 +10,7 @@ from client.api import ApiClient, ApiError
 from client.compare import WIDTH, differences, plot, tokens_differ, val_losses
 from client.follow import HEIGHT
 
-SVG = b"<svg/>"
+SVG, PNG = b"<svg/>", b"\x89PNG"
 
 
 def job(name, losses, **config):
@@ -46,9 +46,9 @@ class Jobs(ApiClient):
     def metrics(self, name, after=None):
         return FOUND[name][1]
 
-    def picture(self, name, others=()):
+    def picture(self, name, others=(), kind="svg"):
         self.job(name)
-        return SVG + " ".join(others).encode()
+        return {"svg": SVG, "png": PNG}[kind] + " ".join(others).encode()
 
 
 @pytest.fixture
@@ -120,6 +120,8 @@ def test_the_picture_is_saved_under_the_name_of_the_job_or_another(run, tmp_path
     assert "fast.svg" in run("plot", "fast").stdout and (tmp_path / "fast.svg").read_bytes() == SVG
     run("plot", "fast", "--compare", "slow", "--compare", "out/new", "--output", "both.svg")
     assert (tmp_path / "both.svg").read_bytes() == SVG + b"slow new"
+    run("plot", "fast", "--output", "fast.PNG")
+    assert (tmp_path / "fast.PNG").read_bytes() == PNG
 
 
 def test_a_picture_that_cannot_be_written_or_is_not_there_is_an_error(run, tmp_path):

@@ -867,10 +867,10 @@ def test_other_kinds_of_files_are_refused(workspace, filename):
         ("a.txt", b"\x1f\x8b\x08\0\0", "gzip archive"),
         ("a.jsonl", b"PK\x03\x04xx", "zip archive"),
         ("a.txt", b"a\0b", "NUL byte"),
-        ("a.txt", b"a\xffb", "not UTF-8 text at byte 1"),
+        ("a.txt", b"a\xffb", "^file is not UTF-8 text at byte 1; of another encoding it can be uploaded"),
         ("a.txt", b"", "no text"),
         ("a.jsonl", b"\n\n", "no text"),
-        ("a.jsonl", b'{"text": "a"}\nnot json\n', "line 2 cannot be used: it is not JSON"),
+        ("a.jsonl", b'{"text": "a"}\nnot json\n', "^file line 2 cannot be used: it is not JSON"),
         ("a.jsonl", b'{"a":\nnot json\n', "line 1 cannot be used"),
     ],
 )
