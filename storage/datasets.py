@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from storage import tokenizer as tokenizers
-from storage.documents import Source, count_documents, format_of, pieces, sources
+from storage.documents import Source, count_documents, format_of, pieces, reported, sources
 from storage.errors import NotFound, NotLoadable, StorageError
 from storage.files import NAME, check_name, look_up, quoted
 from storage.runs import Workspace
@@ -270,8 +270,8 @@ class Dataset:
                     raise self.refuse(f"does not fit the model's characters: {e}") from None
             return self._cache.open(tokenizer)
 
-    def training_text(self, limit_bytes: int | None = None, progress: Progress = ignore) -> str:
-        """Return the text to make a vocabulary of, fetching it if it must; with a limit, parts from all over it.
+    def training_parts(self, limit_bytes: int | None = None, progress: Progress = ignore) -> Iterator[str]:
+        """Give the text to make a vocabulary of, fetching it if it must; with a limit, parts from all over it.
 
         A line end stands between documents. Raises NotLoadable for a dataset that has only token files.
         """
@@ -281,12 +281,14 @@ class Dataset:
             raise self.refuse("has token files and no text to make a vocabulary of")
         size = sum(source.size for source in files)
         step = 1 if limit_bytes is None else max(1, -(-size // limit_bytes))
-        found: list[str] = []
         between = ""
-        for piece in itertools.islice(pieces(self.folder, files), 0, None, step):
-            found += (between, piece.text)
+        for piece in itertools.islice(reported(pieces(self.folder, files), files, progress), 0, None, step):
+            yield from (between, piece.text)
             between = "\n" if piece.ends else ""
-        return "".join(found)
+
+    def training_text(self, limit_bytes: int | None = None, progress: Progress = ignore) -> str:
+        """Return all of `training_parts` in one."""
+        return "".join(self.training_parts(limit_bytes, progress))
 
 
 # ---- the folder of datasets

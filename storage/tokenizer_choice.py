@@ -32,7 +32,9 @@ def check_spec(spec: object) -> str:
 
 
 def _characters(source: Dataset, progress: Progress) -> Tokenizer:
-    found = set(source.training_text(progress=progress))
+    found: set[str] = set()
+    for part in source.training_parts(progress=progress):  # the whole text may be larger than the memory
+        found.update(part)
     if len(found) > MAX_CHARACTERS:
         raise source.refuse(f"has {len(found)} different characters, more than {MAX_CHARACTERS}: take bpe:N, not char")
     return tokenizers.char_tokenizer("".join(found))
