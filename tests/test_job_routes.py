@@ -158,6 +158,12 @@ def test_metrics_come_after_an_iteration(server):
     assert server.get("/api/jobs/shakespeare_model/metrics?after=x").status_code == 400
 
 
+def test_a_dry_run_refuses_a_tracker_whose_package_is_missing(server, monkeypatch):
+    monkeypatch.setattr("training.trackers.importlib.util.find_spec", lambda name: None)
+    reply = server.post("/api/train", TRAIN | {"wandb": True, "dry_run": True})
+    assert reply.status_code == 400 and "wandb is true, and the package wandb is not installed" in reply.json["error"]
+
+
 def test_samples_come_in_their_order_and_after_an_iteration(server):
     server.post("/api/train", TRAIN)
     assert server.get("/api/jobs/shakespeare_model/samples").json == {"samples": []}

@@ -277,6 +277,7 @@ REFUSED = {
     "resume by create": ({"init_from": "resume"}, ConfigError),
     "a run that is not there": ({"init_from": "nowhere/best", "model_type": None}, NotFound),
     "weights that are not here, offline": ({"model_type": "gpt2-xl"}, StorageError),
+    "a package that is not there": ({"wandb": True}, ConfigError),
     "too little text": ({"block_size": 10_000}, StorageError),
 }
 
@@ -284,6 +285,7 @@ REFUSED = {
 @pytest.mark.parametrize("fields, error", REFUSED.values(), ids=REFUSED)
 def test_what_cannot_work_is_refused_before_anything_is_written(place, fields, error, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(place.workspace.root / "hub"))
+    monkeypatch.setattr("training.trackers.importlib.util.find_spec", lambda name: None)
     with pytest.raises(error):
         place.manager().create(config(**fields))
     assert [entry.name for entry in place.workspace.out.iterdir()] == [".lock"] and not place.backend.started

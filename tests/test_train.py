@@ -129,6 +129,12 @@ def test_one_iteration_leaves_a_checkpoint_and_so_does_a_loss_that_never_improve
     assert place.state("b")["iter_num"] == 12
 
 
+def test_the_same_weights_write_the_same_sample_at_each_evaluation(place):
+    place.train("a", learning_rate=1e-9, sample_prompt="1 and", sample_tokens=11)
+    texts = [row["text"] for row in metrics.read(place.run("a").samples)]
+    assert len(texts) == 2 and len(texts[0]) == 11 and len(set(texts)) == 1
+
+
 def test_training_is_the_same_twice_and_differs_by_seed(place):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         place.train(name, seed=seed, dropout=0.1)

@@ -22,6 +22,7 @@ from training.config import resolve as resolve_config
 from training.dry_run_process import DryRunFailed, try_out
 from training.jobs import JobBusy
 from training.starting_point import reference as starting_point
+from training.trackers import require as require_trackers
 from web import sse
 from web.client import Client
 from web.context import Context, context
@@ -67,6 +68,7 @@ def _dry_run(ctx: Context, asked: TrainConfig) -> dict[str, Any]:
     """Return what a training would be, found out by a process of its own; no run is left behind."""
     config = resolve_config(asked, pretrained_names(ctx.workspace))
     ctx.workspace.run_from_output_dir(config.output_dir)  # refuses what is none
+    require_trackers(config)
     stored.dataset(ctx.workspace, config.dataset)
     if config.init_from not in ("scratch", "resume"):
         check_allowed(ctx.settings, starting_point(config, ctx.workspace))
