@@ -114,8 +114,9 @@ def standing(job: Reply) -> str:
 
 def figures(job: Reply) -> str:
     """Return the job's losses, speed and time left, as far as they are known."""
-    parts = (("loss", "loss {:.4f}"), ("val_loss", "val {:.4f}"), ("tokens_per_second", "{:,.0f} tokens/s"))
-    known = [label.format(job[key]) for key, label in parts if job.get(key) is not None]
+    parts = {"loss": "loss {:.4f}", "val_loss": "val {:.4f}", "tokens_per_second": "{:,.0f} tokens/s"}
+    parts |= {"mfu": "{:.0%} of peak"}
+    known = [label.format(job[key]) for key, label in parts.items() if job.get(key) is not None]
     if job["state"] == "running" and job.get("eta_seconds") is not None:
         known.append(f"{timedelta(seconds=round(job['eta_seconds']))} left")
     return "  ".join(known)

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 import client.follow
 from api_client import cli
 from client.api import ApiClient, ApiError, clean, event_data
-from client.follow import Watched, picture, plot
+from client.follow import Watched, figures, picture, plot
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = {"dataset": "stdlib", "model_type": "nano", "output_dir": "out/mine"}
@@ -594,6 +594,11 @@ def test_until_there_are_losses_the_view_shows_the_last_line_of_the_log():
 def test_a_job_that_is_being_stopped_says_so(server):
     server.answers["POST /api/jobs/mine/stop"] = server.job | {"stopping": True}
     assert run("jobs", "stop", "mine").stdout == "mine stopping  iteration 0 of 40\n"
+
+
+def test_speed_is_told_beside_its_share_of_what_the_device_can_do():
+    job = {"state": "running", "loss": 1.5, "tokens_per_second": 9000.0, "mfu": 0.314, "eta_seconds": 70}
+    assert figures(job) == "loss 1.5000  9,000 tokens/s  31% of peak  0:01:10 left"
 
 
 def test_a_few_losses_are_a_line_and_not_only_dots():

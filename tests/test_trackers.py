@@ -121,7 +121,7 @@ def test_a_missing_package_is_refused_and_a_mere_folder_of_its_name_is_none(run,
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     (tmp_path / "wandb").mkdir()
-    with pytest.raises(ConfigError, match="wandb is true, and the package wandb is not installed here; pip install"):
+    with pytest.raises(ConfigError, match="wandb is true, and the package wandb is not installed here; pip install it"):
         trackers.require(config(wandb=True))
     trackers.require(config(tensorboard=True))
 

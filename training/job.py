@@ -129,6 +129,7 @@ class Job:
             "val_bits_per_byte": row.get("val_bits_per_byte"),
             "best_val_loss": row.get("best_val_loss"),
             "tokens_per_second": row.get("tokens_per_second"),
+            "mfu": row.get("mfu"),
             "eta_seconds": row.get("seconds_left") if running else None,
             "created": status.created,
             "started": status.started,

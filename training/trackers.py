@@ -37,7 +37,9 @@ def require(config: TrainConfig) -> None:
     """Raise ConfigError if the config asks for a tracker whose package is not there."""
     found = importlib.util.find_spec("wandb") if config.wandb else None
     if config.wandb and (found is None or found.origin is None):  # a mere folder of that name has no origin
-        raise ConfigError("wandb is true, and the package wandb is not installed here; pip install wandb, or leave it")
+        raise ConfigError(
+            "wandb is true, and the package wandb is not installed here; pip install it, or leave wandb out"
+        )
 
 
 class WeightsAndBiases:
