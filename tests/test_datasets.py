@@ -118,7 +118,7 @@ def test_what_is_not_text_is_refused_with_the_place(tmp_path, data, reason):
 def test_the_place_of_a_bad_byte_does_not_depend_on_how_the_file_is_read(tmp_path, monkeypatch, size):
     monkeypatch.setattr(documents, "READ_BYTES", size)
     (tmp_path / "a.txt").write_bytes("é🌍 日本".encode() + b"\xe6\x97x")
-    with pytest.raises(NotLoadable, match=r"byte 13$"):
+    with pytest.raises(NotLoadable, match="byte 13;"):
         read(tmp_path)
 
 
