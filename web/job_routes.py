@@ -43,9 +43,9 @@ from web.schemas import (
     NoFields,
     PlotQuery,
     PriorityBody,
+    Reply,
     ResumeBody,
     Rows,
-    Samples,
     TrainBody,
     Training,
     UploadedDataset,
@@ -157,6 +157,12 @@ def job_metrics(path: NamePath, query: MetricsQuery) -> dict[str, Any]:
     ctx.jobs.get(path.name)
     rows = training_metrics.read(ctx.workspace.run(path.name).metrics, after=query.after)
     return {"metrics": rows if query.limit is None else rows[-query.limit :]}
+
+
+class Samples(Reply):
+    """A job's text samples."""
+
+    samples: list[dict[str, Any]]
 
 
 @routes.get("/api/jobs/<name>/samples", responses={200: Samples, 404: Error})

@@ -312,12 +312,6 @@ class Rows(Reply):
     metrics: list[dict[str, Any]]
 
 
-class Samples(Reply):
-    """A job's text samples."""
-
-    samples: list[dict[str, Any]]
-
-
 class Log(Reply):
     """The end of a job's log."""
 
