@@ -53,7 +53,7 @@ faults: dev
 	$(BIN)/pytest -m fault tests
 
 compat: dev
-	$(BIN)/pytest -v tests/compat
+	$(BIN)/pytest -v -m "slow or not slow" tests/compat
 
 lint: dev
 	$(BIN)/ruff format --check .

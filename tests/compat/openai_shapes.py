@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import httpx
+import httpx2 as httpx
 from openai import OpenAI
 
 FINISH = {"stop", "length", "content_filter"}

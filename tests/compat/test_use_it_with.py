@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from clients import TASKS, output
-from test_server_process import ROOT
+from live_server import ROOT
 
 SECTION = re.search(r"^## Use it with\n(.*?)^## ", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)[1]
 SNIPPETS = re.findall(r"^\*\*(.+?)\*\*.*?^```(\w+)\n(.*?)^```", SECTION, re.DOTALL | re.MULTILINE)
@@ -19,17 +19,19 @@ PROGRAMS = {"python": ["python", "-"], "sh": ["bash", "-e", "-o", "pipefail", "-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Return a folder with what the snippets find there: a harness task, and the packages of npm where they are."""
+    """Return a folder with what the snippets find there: a harness task and a file to train on."""
     folder = tmp_path_factory.mktemp("snippets")
     shutil.copy(TASKS / "rolling.yaml", folder / "my_task.yaml")
     text = (folder / "my_task.yaml").read_text().replace("task: rolling", "task: my_task")
     (folder / "my_task.yaml").write_text(text)
+    (folder / "notes.jsonl").write_text("".join(json.dumps({"text": f"Once, {i} times."}) + "\n" for i in range(60)))
     (folder / "rolling.jsonl").write_text(json.dumps({"text": "A text."}) + "\n")
     return folder
 
 
 def test_there_are_snippets_for_the_usual_clients():
-    assert {"OpenAI, Python", "OpenAI, JavaScript", "curl", "LangChain", "lm-eval"} <= {name for name, _, _ in SNIPPETS}
+    usual = {"OpenAI, Python", "The whole loop with it", "OpenAI, JavaScript", "curl", "LangChain", "lm-eval"}
+    assert usual <= {name for name, _, _ in SNIPPETS}
 
 
 @pytest.mark.timeout(200)
