@@ -23,7 +23,7 @@ from inference.runner import check_copy, check_slot
 from inference.speculation import ROWS
 from model import GPTConfig
 
-VERSION = 3  # as in step.cpp
+VERSION = 4  # as in step.cpp
 GREATEST_WIDTH = 16384  # beyond it int8 sums could leave 32 bits
 
 _P, _L = ctypes.c_void_p, ctypes.c_long
@@ -40,6 +40,7 @@ def _load() -> ctypes.CDLL:
     lib.step_open.argtypes, lib.step_open.restype = [ctypes.POINTER(Model)], _P
     lib.step_close.argtypes, lib.step_close.restype = [_P], None
     lib.step_rows.argtypes, lib.step_rows.restype = [_P, _L, _P, _P, _P, _L, *[_P] * 4], _L
+    lib.step_top.argtypes, lib.step_top.restype = [_P, _L, _L, _L, _L, _P, _P, _P], None
     if not lib.step_agrees(VERSION, ctypes.sizeof(Model)):
         raise CannotBuild(f"{path} has another version of the interface")
     return lib
@@ -126,6 +127,16 @@ class NativeRunner:
         hidden = torch.empty(len(order), self._n_embd)
         self._compute(tokens, slots, positions, want, order, (None, None, hidden.data_ptr()))
         return hidden if list(want) == order else hidden[[order.index(row) for row in want]]
+
+    def top(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Return the greatest of rows of logits (see ModelRunner.top): 0.2 ms for 16 rows, where torch takes 1."""
+        if self._step is None:
+            raise ValueError("the runner is closed")
+        (rows, width), count = logits.shape, min(count, logits.size(1))
+        values, ids = torch.empty(rows, count), torch.empty(rows, count, dtype=torch.long)
+        where = (logits.data_ptr(), values.data_ptr(), ids.data_ptr())
+        self._lib.step_top(self._step, rows, width, logits.stride(0), count, *where)
+        return values, ids
 
     def _compute(
         self,

@@ -48,6 +48,13 @@ class ModelRunner(Protocol):
         """
         ...
 
+    def top(self, logits: "Tensor", count: int) -> "tuple[Tensor, Tensor] | None":
+        """Return the `count` greatest values and token ids of each row of its logits, falling, equals by rising id.
+
+        None where a runner has no faster way than sampling.py.
+        """
+        ...
+
     def copy(self, source: int, target: int, length: int) -> None:
         """Make the first `length` positions of slot `target` those of slot `source`; what `target` held is forgotten.
 

@@ -6,35 +6,45 @@ number from the sequence's own generator. Whatever else is in the batch, a row's
 Tokens that tie with the k-th stay, as in `GPT.generate`; elsewhere equals are ordered by id.
 
 A row has 50 000 logits, so passes over it are what costs. One pass takes the greatest logit of each
-group of 64 neighbours; whatever needs the largest logits then looks into few groups. Penalties touch
-few tokens, so they are gathered from all rows and applied in a few sparse operations.
+group of 64 neighbours; whatever needs the largest logits then looks into few groups. Where a runner finds
+the largest itself, top_k rows need no pass at all: 16 of them take 0.4 ms instead of 1.6 within a step.
 
 Letters: n rows, V vocabulary, G groups, w candidates.
 """
 
 import math
-from collections import Counter
+from collections.abc import Callable
 from itertools import islice
 
 import torch
 from torch import Tensor
 
+from inference.penalties import penalize
 from inference.sequence import SamplingParams, Sequence, Token
 
 GROUP = 64
+SPARE = 8  # logits beyond top_k that are asked for, to see that none of them ties with the k-th
+
+Top = Callable[[Tensor, int], tuple[Tensor, Tensor] | None]  # ModelRunner.top
 
 
-def sample(logits: Tensor, sequences: list[Sequence], greatest: list[int] | None = None) -> list[Token | None]:
+def sample(
+    logits: Tensor, sequences: list[Sequence], greatest: list[int] | None = None, top: Top | None = None
+) -> list[Token | None]:
     """Return one token per row of float32 logits (n, V); None where a row has no finite greatest logit.
 
     Log-probabilities are those of the raw logits, before penalties and temperature. `greatest` says where each row's
-    greatest logit is, if a runner knows; at V or above it is no token. Plain greedy rows then need no pass.
+    greatest logit is, if a runner knows; at V or above it is no token. Plain greedy rows then need no pass, nor do
+    top_k rows if there is `top`, which finds the greatest of each row.
     """
     tokens: list[Token | None] = [None] * len(sequences)
     known = [] if greatest is None else _known(logits, sequences, greatest)
     for i, token_id in known:
-        top = sequences[i].params.logprobs
-        tokens[i] = Token(token_id) if top is None else score(logits[i : i + 1], [token_id], top)[0]
+        count = sequences[i].params.logprobs
+        tokens[i] = Token(token_id) if count is None else score(logits[i : i + 1], [token_id], count)[0]
+    if greatest is not None and top is not None:
+        for i, token in _of_the_greatest(logits, sequences, greatest, top):
+            tokens[i] = token
     rest = [i for i, token in enumerate(tokens) if token is None]
     if rest:
         part = logits if len(rest) == len(sequences) else logits[rest]
@@ -53,9 +63,31 @@ def _known(logits: Tensor, sequences: list[Sequence], greatest: list[int]) -> li
     return [place for place, sound in zip(places, finite, strict=True) if sound]
 
 
+def _of_the_greatest(
+    logits: Tensor, sequences: list[Sequence], greatest: list[int], top: Top
+) -> list[tuple[int, Token | None]]:
+    """Return (row, token) of the top_k rows whose logits are unchanged and numbers; none where more tie than seen."""
+    V = logits.size(-1)
+    rows = [i for i, s in enumerate(sequences) if greatest[i] < V and s.unchanged and _kind(s.params, V) == "top_k"]
+    if not rows:
+        return []
+    chosen = [sequences[i] for i in rows]
+    part = logits if len(rows) == len(logits) else logits[rows]
+    found = top(part, max(s.params.top_k for s in chosen) + SPARE)
+    if found is None:
+        return []
+    values, ids = found
+    kth = values.gather(1, torch.tensor([[s.params.top_k - 1] for s in chosen]))
+    if not ((values[:, -1:] < kth) & values[:, :1].isfinite()).all():
+        return []
+    drawn = _draw_sorted(values, ids, _knobs(chosen, values.device))[0]
+    sound = torch.ones_like(drawn, dtype=torch.bool)
+    return list(zip(rows, _tokens(part, drawn, sound, [s.params.logprobs for s in chosen]), strict=True))
+
+
 def _sample(logits: Tensor, sequences: list[Sequence]) -> list[Token | None]:
     """Choose by passes over the logits. Greedy and plain rows wait for the device once, when all is chosen."""
-    adjusted = _penalize(logits, sequences)
+    adjusted = penalize(logits, sequences)
     peaks = _peaks(adjusted)
     best = peaks.amax(-1)  # NaN and +inf come out as the greatest
     sound = best.isfinite()
@@ -124,15 +156,20 @@ def _draw(kind: str, logits: Tensor, peaks: Tensor, best: Tensor, sequences: lis
     if kind == "greedy":
         groups = peaks.argmax(-1)
         return groups * GROUP + _open(logits, torch.arange(len(logits), device=logits.device), groups).argmax(-1)
-    rows = [(s.generator.random(), s.params) for s in sequences]
-    columns = [(u, p.temperature, p.top_p, p.min_p, p.top_k) for u, p in rows]
-    knobs = torch.tensor(columns, dtype=torch.float64, device=logits.device)  # sums keep their last digits
+    knobs = _knobs(sequences, logits.device)
     if kind == "plain":
         return _draw_weights(_weights(logits, best, knobs), knobs)
     if kind == "tail":
         return _draw_tail(logits, peaks, best, knobs)
     values, ids = _candidates(logits, peaks, knobs[:, 4].long()) if kind == "top_k" else _sorted(logits)
     return _draw_sorted(values, ids, knobs)[0]
+
+
+def _knobs(sequences: list[Sequence], device: torch.device) -> Tensor:
+    """Return the next random number, temperature, top_p, min_p and top_k of each sequence (n, 5)."""
+    rows = [(s.generator.random(), s.params) for s in sequences]
+    columns = [(u, p.temperature, p.top_p, p.min_p, p.top_k) for u, p in rows]
+    return torch.tensor(columns, dtype=torch.float64, device=device)  # double: sums keep their last digits
 
 
 def _peaks(logits: Tensor) -> Tensor:
@@ -193,8 +230,9 @@ def _draw_sorted(values: Tensor, ids: Tensor, knobs: Tensor, total: Tensor | Non
     if total is None:
         kth = values.gather(1, top_k.long().clamp(max=values.size(1)) - 1)
         weights = weights.masked_fill(values < kth, 0.0)
-        total = weights.sum(-1, keepdim=True)
-    before = weights.cumsum(-1) - weights  # mass of the more probable ones
+    sums = weights.cumsum(-1)  # one after the other: what fills up changes no digit
+    before = sums - weights  # mass of the more probable ones
+    total = sums[:, -1:] if total is None else total
     gone = ((before >= top_p * total) & (top_p < 1.0)) | (weights < min_p)
     gone &= values > -math.inf  # not what fills up
     gone[:, 0] = False  # the most probable token always stays
@@ -275,52 +313,3 @@ def _place(cumulative: Tensor, target: Tensor) -> Tensor:
     total = cumulative[:, -1:]
     target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, target.contiguous(), right=True).clamp(max=cumulative.size(-1) - 1)
-
-
-class _Entries:
-    """(row, token id, value) triples of a batch."""
-
-    def __init__(self) -> None:
-        self.rows: list[int] = []
-        self.ids: list[int] = []
-        self.values: list[float] = []
-
-    def add(self, row: int, ids: list[int], values: list[float]) -> None:
-        self.rows.extend([row] * len(ids))
-        self.ids.extend(ids)
-        self.values.extend(values)
-
-    def places(self, logits: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """Return the index of the entries in `logits` and their values."""
-        rows, ids = (torch.tensor(x, dtype=torch.long, device=logits.device) for x in (self.rows, self.ids))
-        return (rows, ids), torch.tensor(self.values, dtype=logits.dtype, device=logits.device)
-
-
-def _penalize(logits: Tensor, sequences: list[Sequence]) -> Tensor:
-    """Return logits (n, V) with all changes in their order; the same tensor when no row has any."""
-    biases, repeated, counted, masked = _Entries(), _Entries(), _Entries(), _Entries()
-    for row, s in enumerate(sequences):
-        p = s.params
-        if p.logit_bias:
-            biases.add(row, [i for i, _ in p.logit_bias], [bias for _, bias in p.logit_bias])
-        if p.repetition_penalty != 1.0:
-            seen = list({*s.prompt_ids, *s.output_ids})
-            repeated.add(row, seen, [p.repetition_penalty] * len(seen))
-        if p.presence_penalty != 0.0 or p.frequency_penalty != 0.0:
-            counts = Counter(s.output_ids)
-            counted.add(row, list(counts), [p.presence_penalty + p.frequency_penalty * n for n in counts.values()])
-        if len(s.output_ids) < p.min_tokens:
-            masked.add(row, list(s.stop_ids), [-math.inf] * len(s.stop_ids))
-    if not (biases.rows or repeated.rows or counted.rows or masked.rows):
-        return logits
-    logits = logits.clone()
-    place, values = biases.places(logits)
-    logits.index_put_(place, values, accumulate=True)
-    place, values = repeated.places(logits)
-    old = logits[place]
-    logits[place] = torch.where(old > 0, old / values, old * values)
-    place, values = counted.places(logits)
-    logits[place] -= values
-    place, values = masked.places(logits)
-    logits[place] = values
-    return logits

@@ -209,11 +209,16 @@ class Sequence:
             self.generator.random()
 
     @property
-    def takes_greatest(self) -> bool:
-        """Say whether its next token is the one with the greatest logit, as it comes from the model."""
+    def unchanged(self) -> bool:
+        """Say whether its next token is chosen by the logits as they come from the model."""
         p = self.params
         changed = p.logit_bias or p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
-        return p.greedy and not changed and len(self.output_ids) >= p.min_tokens
+        return not changed and len(self.output_ids) >= p.min_tokens
+
+    @property
+    def takes_greatest(self) -> bool:
+        """Say whether its next token is the one with the greatest logit, as it comes from the model."""
+        return self.params.greedy and self.unchanged
 
     @property
     def state(self) -> str:

@@ -137,6 +137,9 @@ class TorchRunner:
         self._cache.begin(slots, positions)
         return self._model, self._model.hidden(ids[None], self._cache, places[None])[0][wanted]
 
+    def top(self, logits: Tensor, count: int) -> None:
+        """Leave it to sampling.py; see `ModelRunner.top`."""
+
     @torch.inference_mode()
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy a slot's beginning to another; see `ModelRunner.copy`."""

@@ -210,6 +210,24 @@ def test_want_may_be_in_any_order_repeat_and_be_empty():
     assert runner.last_argmax == []
 
 
+@pytest.mark.parametrize("count", [1, 3, 40, 5000])
+@pytest.mark.parametrize("width", [5, 64, 65, 1000, 4111])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_greatest_logits_come_in_falling_order_and_equals_by_token(width, count, threads):
+    runner = NativeRunner(model_of(SHAPES["odd"]), slots=2, dtype="fp32", threads=threads)
+    logits = torch.randn(7, width + 3, generator=torch.Generator().manual_seed(width))[:, :width]  # rows lie apart
+    logits[1] = logits[1].round()
+    logits[2], logits[3] = 0.0, -torch.inf
+    logits[4, ::2], logits[5, 0] = torch.nan, torch.inf
+    values, ids = runner.top(logits, count)
+    expected, places = logits.nan_to_num(-torch.inf, torch.inf, -torch.inf).sort(dim=-1, descending=True, stable=True)
+    assert values.shape == ids.shape == (7, min(count, width)) and torch.equal(values, expected[:, :count])
+    numbers = values > -torch.inf
+    numbers[3] = True  # they are all equal
+    assert torch.equal(ids[numbers], places[:, :count][numbers])
+    assert torch.equal(prefill(runner, [1, 2]), prefill(runner, [1, 2]))  # steps go on
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_hidden_states_are_those_of_the_plain_forward_with_the_same_weights(shape, dtype):

@@ -302,6 +302,46 @@ def test_a_known_place_past_the_tokens_or_that_is_no_number_is_looked_for() -> N
     assert [t and t.token_id for t in found] == [5, None, None]
 
 
+def greatest(logits: torch.Tensor) -> list[int]:
+    """Return what a runner knows of logits: the place of each row's greatest, past the end where one is NaN."""
+    unsound = logits.isnan().any(-1)
+    return torch.where(unsound, logits.size(-1), logits.argmax(-1)).tolist()
+
+
+def top(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    values, ids = logits.sort(stable=True, dim=-1, descending=True)
+    return values[:, :count], ids[:, :count]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(rows_of_params, min_size=1, max_size=9),
+    seed=st.integers(0, 1000),
+    size=st.sampled_from([5, V, WIDE]),
+    coarse=st.booleans(),
+    bad=st.sampled_from([0.0, math.nan, math.inf, -math.inf]),
+)
+def test_a_runner_that_finds_the_greatest_changes_no_token(
+    rows: list[Any], seed: int, size: int, coarse: bool, bad: float
+) -> None:
+    logits = torch.randn(len(rows), size, generator=torch.Generator().manual_seed(seed)) * 2
+    if coarse:
+        logits = logits.round()  # many ties with the k-th
+    if bad:
+        logits[0] = bad
+    rows = [{**p, "output": tuple(i % size for i in p["output"])} for p in rows]
+    expected = sample(logits, [sequence(**p) for p in rows])
+    assert sample(logits, [sequence(**p) for p in rows], greatest(logits), top) == expected
+
+
+def test_top_k_rows_need_no_pass_where_a_runner_finds_the_greatest(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(3, WIDE)
+    asked = [{"top_k": 4}, {"top_k": 9, "top_p": 0.5}, {"top_k": 2, "logprobs": 2}]
+    expected = sample(logits, [sequence(**p) for p in asked])
+    monkeypatch.setattr("inference.sampling._sample", lambda *_: pytest.fail("the logits are passed over"))
+    assert sample(logits, [sequence(**p) for p in asked], greatest(logits), top) == expected
+
+
 @pytest.mark.parametrize(("logprobs", "reads"), [(None, 1), (3, 2)])
 def test_greedy_and_plain_rows_are_read_from_the_device_at_the_end_alone(
     logprobs: int | None, reads: int, size: int, monkeypatch: pytest.MonkeyPatch
