@@ -52,6 +52,7 @@ class NativeRunner:
     name = "native"
     device = "cpu"
     independent = True
+    own_threads = True
 
     def __init__(self, model: Weights, slots: int, dtype: str, threads: int | None = None):
         """Pack `model`, which may be freed afterwards. `threads` None is every core that is ours.

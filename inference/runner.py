@@ -20,6 +20,7 @@ class ModelRunner(Protocol):
     slots: int  # rows of the KV cache: the most sequences that can run at once
     block_size: int  # the longest sequence, in tokens
     vocab_size: int
+    own_threads: bool  # it computes in threads of its own; torch's would only wait for each other
     position_bytes: int  # of the keys and values of one position
     independent: (
         bool  # a row's logits are the same bits in any step, so that the engine may draft tokens and check them

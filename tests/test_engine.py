@@ -61,7 +61,7 @@ class FakeRunner:
     """Counts: the logits of a row favour its token + 1. Fails, or waits, when told to."""
 
     name, device, dtype, block_size, vocab_size = "fake", "cpu", "fp32", 48, VOCAB
-    position_bytes, last_argmax, independent = 4, None, False
+    position_bytes, last_argmax, independent, own_threads = 4, None, False, False
 
     def __init__(self, slots: int = 4):
         self.slots, self.steps, self.closed = slots, 0, False
@@ -69,11 +69,13 @@ class FakeRunner:
         self.gate = threading.Event()
         self.gate.set()
         self.seen: list[tuple[list[int], list[int], list[int]]] = []
+        self.torch_threads: list[int] = []  # of each step
 
     def rows(self, tokens: list[int], slots: list[int], positions: list[int], want: list[int]) -> torch.Tensor:
         assert not self.closed, "a closed runner computes nothing"
         assert self.gate.wait(20), "the test left the gate shut"
         self.steps += 1
+        self.torch_threads.append(torch.get_num_threads())
         self.seen.append((list(tokens), list(slots), list(positions)))
         if self.fail(self.steps):
             raise RuntimeError("the test's fault")
@@ -614,6 +616,15 @@ def test_the_fingerprint_tells_weights_apart(make: Callable[..., Engine]) -> Non
     engine = make(loader=lambda ref, w: SimpleNamespace(model=tiny(next(seeds)), tokenizer=FakeTokenizer()))
     first, same, other = (engine.load(reference()) for _ in range(3))
     assert first.fingerprint == same.fingerprint != other.fingerprint and first is not same
+
+
+def test_torch_has_one_thread_beside_a_runner_that_has_its_own(fake: Callable[..., Bench]) -> None:
+    bench = fake(threads=2)
+    runner = bench.runners[0]
+    for own in (False, True, False):
+        runner.own_threads = own
+        drain(submit(bench, [0], greedy(1)))
+    assert runner.torch_threads[-3:] == [2, 1, 2]
 
 
 # --- figures and the end ---
