@@ -98,14 +98,14 @@ def alive(pid: int) -> bool:
         return False
 
 
-def until(found: Callable[[], object], patience: float = PATIENCE):
+def until(found: Callable[[], object], patience: float = PATIENCE, pause: float = 0.02):
     """Return what `found` returns once it is true; fail when that takes too long."""
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
         value = found()
         if value:
             return value
-        time.sleep(0.02)
+        time.sleep(pause)
     raise AssertionError(f"{found} was not to be")
 
 

@@ -63,7 +63,7 @@ def test_of_a_deaf_trainer_and_its_children_none_survives_a_stop(place, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.fault("F17", "RLIMIT_AS of a running trainer lowered to what it has")
+@pytest.mark.fault("F17", "RLIMIT_AS of a running trainer lowered below what it has")
 @pytest.mark.timeout(180)
 def test_a_trainer_without_memory_fails_and_says_so(place, record_property):
     manager = place.manager(backend=LocalBackend(place.workspace))
