@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,11 +17,12 @@ from test_train import ROOT, TEXT, TINY, Place, same_weights
 
 from learning.launcher import cause, ended, threads_each
 from storage import checkpoints
+from storage.runs import Workspace
 from training import admission, hardware, metrics
 from training.config import ConfigError, TrainConfig, resolve
 from training.hardware import require_devices
-from training.job import Job, ranks_of
-from training.process import children
+from training.job import Job, Status, ranks_of
+from training.process import children, signal_session
 from training.rank import FOLDER, LAUNCHER, NOTE, Rank
 
 FIELDS = TINY | {"max_iters": 120, "eval_interval": 20, "eval_iters": 1, "sample_tokens": 0, "learning_rate": 1e-3}
@@ -249,11 +251,17 @@ def test_a_job_of_one_process_shows_no_ranks(place):
 # ---- through the server
 
 
+PATIENCE = 90  # a job yields to everybody: on a busy machine its processes take long to start
+
+
 @pytest.fixture
-def root(tmp_path):
+def root(tmp_path) -> Iterator[Path]:
     (tmp_path / "data" / "sums").mkdir(parents=True)
     (tmp_path / "data" / "sums" / "sums.txt").write_text(TEXT)
-    return make_root(tmp_path)
+    yield make_root(tmp_path)
+    status = Status.read(Workspace(tmp_path).run("two"))
+    if status is not None and status.identity is not None:  # a test that failed would leave its job behind
+        signal_session(status.identity, signal.SIGKILL)
 
 
 @contextlib.contextmanager
@@ -273,14 +281,14 @@ def job(server: Process) -> dict:
     return server.get("/api/jobs/two").json()
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(200)
 def test_a_job_on_several_devices_shows_its_ranks_and_stops_with_all_of_them_by_http(root):
     with served(root) as server:
         refused = train(server, nproc_per_node=3)
         assert refused.status_code == 400 and "must be a multiple of it" in refused.json()["error"]
         started = train(server, max_iters=100_000)
         assert started.status_code == 200, started.json()
-        until(lambda: job(server)["iter_num"] >= 5)
+        until(lambda: job(server)["iter_num"] >= 5, PATIENCE)
         found = job(server)
         pids = found["ranks"]
         assert len(pids) == 2 and found["process_id"] not in pids
@@ -295,11 +303,11 @@ def test_a_job_on_several_devices_shows_its_ranks_and_stops_with_all_of_them_by_
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(300)
 def test_a_job_on_several_devices_outlives_the_server_and_goes_on_after_a_stop(root):
     with served(root) as server:
         assert train(server, max_iters=100_000).status_code == 200
-        until(lambda: job(server)["iter_num"] >= 3)
+        until(lambda: job(server)["iter_num"] >= 3, PATIENCE)
         before, worker = job(server), server.worker()
         server.child.kill()
         os.kill(worker, signal.SIGKILL)
@@ -311,7 +319,7 @@ def test_a_job_on_several_devices_outlives_the_server_and_goes_on_after_a_stop(r
         until(lambda: job(server)["state"] == "stopped")
         reached = job(server)["iter_num"]
         server.post("/api/jobs/two/resume", {"max_iters": reached + 20})
-        until(lambda: job(server)["state"] not in ("queued", "running"), 100)
+        until(lambda: job(server)["state"] not in ("queued", "running"), PATIENCE)
         assert job(server)["state"] == "succeeded", (root / "out" / "two" / "train.log").read_text()[-3000:]
         rows = [row["iter_num"] for row in metrics.read(root / "out" / "two" / "metrics.jsonl") if "loss" in row]
         assert rows == list(range(1, reached + 21))
