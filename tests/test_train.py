@@ -189,10 +189,10 @@ def test_a_run_killed_between_checkpoints_repeats_the_lost_iterations_exactly(pl
 def save_until(last: int, error: BaseException | type[BaseException]):
     save = checkpoints.save_checkpoint
 
-    def saved(path, state):
+    def saved(path, state, **how):
         if state["iter_num"] > last:
             raise error
-        save(path, state)
+        save(path, state, **how)
 
     return saved
 
