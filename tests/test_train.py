@@ -450,11 +450,11 @@ def test_a_full_disk_fails_the_run_with_that_reason_and_keeps_the_last_checkpoin
 def test_a_save_that_fails_is_told_and_the_next_one_tries_again(place, monkeypatch):
     save, tried = checkpoints.save_checkpoint, []
 
-    def failing(path, state):
+    def failing(path, state, **how):
         tried.append(state["iter_num"])
         if state["iter_num"] == 12:
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
-        save(path, state)
+        save(path, state, **how)
 
     monkeypatch.setattr(train.checkpoints, "save_checkpoint", failing)
     assert place.train("a", max_iters=24) == 0 and place.state("a")["iter_num"] == 24
