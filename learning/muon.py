@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from learning.light_optimizer import LightOptimizer
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # the quintic of the Newton-Schulz iteration, steepest at zero
 STEPS = 4  # of the iteration; singular values end between about 0.7 and 1.2, but for the least hundredth of them
 RMS = 0.2  # root mean square of a step at learning rate 1, as AdamW's usually is
@@ -35,7 +37,7 @@ def matrices(x: Tensor) -> list[Tensor]:
     return [part if part.size(0) <= part.size(1) else part.mT for part in parts]
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(LightOptimizer):
     """The optimizer for weights of two dimensions; `momentum` is Nesterov's."""
 
     def __init__(self, params: Iterable[Tensor], lr: float = 1e-3, weight_decay: float = 0.1, momentum: float = 0.9):

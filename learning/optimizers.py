@@ -2,6 +2,7 @@
 
 import torch
 
+from learning.light_optimizer import AdamW
 from learning.muon import Muon
 from model import GPT
 from training.config import TrainConfig
@@ -19,5 +20,5 @@ def optimizers(config: TrainConfig, model: GPT) -> dict[str, torch.optim.Optimiz
         matrices = {p: None for p in model.transformer["h"].parameters() if p.dim() == 2}  # a set in order
         groups = [group | {"params": [p for p in group["params"] if p not in matrices]} for group in groups]
         found["muon"] = Muon(matrices, weight_decay=decay)
-    found["adamw"] = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=True)
+    found["adamw"] = AdamW(groups, betas=(config.beta1, config.beta2), fused=True)
     return found

@@ -2,18 +2,17 @@
 
 With rows, a process has all of a block only while it computes with it, for models that one device cannot hold.
 Checkpoints hold whole tensors in either case: everything else reads them as any other, and any number of processes
-goes on from them. What gathers tensors here is for all processes at once.
+goes on from them. What gathers tensors here is for all processes at once. Importing what splits tensors takes most
+of a second and 45 MB, so it waits for a run that does.
 """
 
 import contextlib
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from learning import lora
@@ -24,6 +23,9 @@ from training.config import TrainConfig
 
 def shard(model: GPT, device: torch.device, processes: int) -> None:
     """Leave this process its rows of the weights, on its device."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     mesh = init_device_mesh(device.type, (processes,))
     for block in model.transformer["h"].children():
         fully_shard(block, mesh=mesh)
@@ -50,15 +52,23 @@ def exchange(forward: nn.Module, last: bool) -> contextlib.AbstractContextManage
     return contextlib.nullcontext()
 
 
+def _is_split(value: Any) -> bool:
+    """Say whether a process has only its rows of a tensor, which cannot be before something has split one."""
+    tensors = sys.modules.get("torch.distributed.tensor")
+    return tensors is not None and isinstance(value, tensors.DTensor)
+
+
 def _split(value: Tensor, as_of: Tensor) -> Tensor:
     """Return a whole tensor split as another one is; each process takes the rows from its own copy."""
-    if not isinstance(as_of, DTensor):
+    if not _is_split(as_of):
         return value
-    return distribute_tensor(value, as_of.device_mesh, as_of.placements, src_data_rank=None)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, as_of.device_mesh, as_of.placements, src_data_rank=None)  # type: ignore[attr-defined]
 
 
 def _whole(value: Any, keep: bool) -> Any:
-    if not isinstance(value, DTensor):
+    if not _is_split(value):
         return value
     found = value.full_tensor()
     return found.cpu() if keep else None
@@ -71,7 +81,7 @@ def saved(model: GPT, keep: bool) -> dict[str, Any]:
     """
     found = lora.saved(model)
     weights = found["model"]
-    if any(isinstance(value, DTensor) for value in weights.values()):
+    if any(map(_is_split, weights.values())):
         tied = {"lm_head.weight": "transformer.wte.weight"} if model.config.tied else {}
         whole = {name: _whole(value, keep) for name, value in weights.items() if name not in tied}
         found["model"] = whole | {name: whole[same] for name, same in tied.items()}
@@ -103,5 +113,5 @@ def take_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Non
 
 def finite(parameters: Iterable[Tensor]) -> bool:
     """Say whether all numbers in this process's part of the parameters are finite."""
-    parts = (p.to_local() if isinstance(p, DTensor) else p for p in parameters)
+    parts = (p.to_local() if _is_split(p) else p for p in parameters)  # type: ignore[attr-defined]
     return all(bool(part.isfinite().all()) for part in parts)

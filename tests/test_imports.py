@@ -92,5 +92,22 @@ def test_serving_does_not_load_the_compiler_of_torch():
     assert loaded_by("import inference.engine, storage.checkpoints, inference.native_runner", "torch._dynamo") == []
 
 
+STEP = """import torch, train
+from learning.optimizers import optimizers
+from model import GPT, GPTConfig
+from training.config import TrainConfig
+model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=16, block_size=8, vocab_size=9))
+x = torch.zeros(1, 8, dtype=torch.long)
+for optimizer in optimizers(TrainConfig(dataset='d', output_dir='out/d', optimizer='muon'), model).values():
+    model(x, x)[1].backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.load_state_dict(optimizer.state_dict())"""
+
+
+def test_training_loads_neither_the_compiler_of_torch_nor_what_splits_tensors():
+    assert loaded_by(f"exec({STEP!r})", "torch._dynamo", "torch.distributed.tensor", "sympy") == []
+
+
 def test_the_client_loads_neither_torch_nor_flask():
     assert loaded_by("import api_client", "torch", "flask", "pydantic") == []
