@@ -155,15 +155,15 @@ def _refuse_constant(constant: str) -> None:
 _STRICT = json.JSONDecoder(parse_constant=_refuse_constant)  # made once: a listing parses thousands of files
 
 
-def parse_json(data: bytes, name: str | Path) -> Any:
-    """Return the value of strict JSON; NotLoadable, naming `name` without its folders, for anything else."""
+def parse_json(data: bytes, name: str) -> Any:
+    """Return the value of strict JSON; NotLoadable, naming `name`, for anything else."""
     try:
         return _STRICT.decode(data.decode("utf-8"))
     except RecursionError:
-        raise NotLoadable(f"{os.path.basename(name)} is nested too deeply") from None
+        raise NotLoadable(f"{name} is nested too deeply") from None
     except ValueError as e:  # JSON, UTF-8 and integers of more than 4300 digits
         reason = str(e).encode("ascii", "backslashreplace").decode()[:100]
-        raise NotLoadable(f"{os.path.basename(name)} is not valid JSON: {reason}") from None
+        raise NotLoadable(f"{name} is not valid JSON: {reason}") from None
 
 
 def read_bytes(path: str | Path, limit_bytes: int, follow: bool = False) -> bytes:
@@ -181,7 +181,7 @@ def read_bytes(path: str | Path, limit_bytes: int, follow: bool = False) -> byte
 
 def read_json(path: str | Path, limit_bytes: int = JSON_LIMIT) -> Any:
     """Return the value in a JSON file; raises NotFound, and NotLoadable for what is not strict JSON."""
-    return parse_json(read_bytes(path, limit_bytes), path)
+    return parse_json(read_bytes(path, limit_bytes), os.path.basename(path))
 
 
 def write_json(path: Path, obj: Any) -> None:

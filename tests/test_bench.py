@@ -121,7 +121,7 @@ def test_windows_are_spread_evenly_and_whole() -> None:
 
 def test_a_line_of_the_native_step_tells_tokens_and_the_share_of_the_read_limit() -> None:
     line = row("decode, 4 rows", "bf16", Figure([0.01]), Figure([10.0]), 25_000_000)
-    assert line == "| bf16 | decode, 4 rows | 10.0 (10.0-10.0) | 400 | 50 (50-50) % |"
+    assert line == "| bf16 | decode, 4 rows | 10.0 (10.0-10.0) | 400 | 38 (38-38) % |"  # 12 bits a weight
     line = row("prefill, 16 x 64", "int8", Figure([0.5]), Figure([10.0]), 1)
     assert line == "| int8 | prefill, 16 x 64 | 500.0 (500.0-500.0) | 2048 |  |"
 
