@@ -51,7 +51,7 @@ def measure(runner: NativeRunner, steps: int) -> tuple[Figure, dict[str, Figure]
         order.append(order.pop(0))
         for name in order:
             start = time.perf_counter()
-            chosen = sample(logits, asked[name], greatest, runner.top)
+            chosen = sample(logits, asked[name], greatest, runner.draw)
             kinds[name].samples.append((time.perf_counter() - start) * 1e3)
         tokens = [token.token_id if token is not None else 0 for token in chosen]
     return step, kinds
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--small", action="store_true", help="a small model, to try the benchmark itself")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)  # as the engine does beside this runner
     torch.manual_seed(0)
     model = GPT(GPTConfig(**(SMALL if args.small else {}), activation="gelu_new")).eval()  # type: ignore[arg-type]
     noise = Noise()

@@ -144,7 +144,7 @@ class Lane:
         best = self.runner.last_argmax
         greatest = None if best is None else [best[row] for row in last]
         chosen = iter(
-            sample(logits if len(last) == len(logits) else logits[last], choosing, greatest, self.runner.top)
+            sample(logits if len(last) == len(logits) else logits[last], choosing, greatest, self.runner.draw)
             if last
             else ()
         )

@@ -12,6 +12,7 @@ import ctypes
 import weakref
 from array import array
 from collections.abc import Callable, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -19,11 +20,11 @@ from torch import Tensor
 from inference.native.build import CannotBuild, library
 from inference.native.machine import available_cores
 from inference.native.packing import CACHE_BLOCK, KINDS, Arena, Layer, Model, Weights, pack, up_to
-from inference.runner import check_copy, check_slot
+from inference.runner import Knobs, check_copy, check_slot
 from inference.speculation import ROWS
 from model import GPTConfig
 
-VERSION = 4  # as in step.cpp
+VERSION = 5  # as in step.cpp
 GREATEST_WIDTH = 16384  # beyond it int8 sums could leave 32 bits
 
 _P, _L = ctypes.c_void_p, ctypes.c_long
@@ -40,7 +41,7 @@ def _load() -> ctypes.CDLL:
     lib.step_open.argtypes, lib.step_open.restype = [ctypes.POINTER(Model)], _P
     lib.step_close.argtypes, lib.step_close.restype = [_P], None
     lib.step_rows.argtypes, lib.step_rows.restype = [_P, _L, _P, _P, _P, _L, *[_P] * 4], _L
-    lib.step_top.argtypes, lib.step_top.restype = [_P, _L, _L, _L, _L, _P, _P, _P], None
+    lib.step_draw.argtypes, lib.step_draw.restype = [_P, _L, _L, _L, _P, _P, _P], None
     if not lib.step_agrees(VERSION, ctypes.sizeof(Model)):
         raise CannotBuild(f"{path} has another version of the interface")
     return lib
@@ -129,15 +130,14 @@ class NativeRunner:
         self._compute(tokens, slots, positions, want, order, (None, None, hidden.data_ptr()))
         return hidden if list(want) == order else hidden[[order.index(row) for row in want]]
 
-    def top(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Return the greatest of rows of logits (see ModelRunner.top): 0.2 ms for 16 rows, where torch takes 1."""
+    def draw(self, logits: Tensor, knobs: Sequence[Knobs]) -> list[int]:
+        """Return a token for each row of logits (see ModelRunner.draw)."""
         if self._step is None:
             raise ValueError("the runner is closed")
-        (rows, width), count = logits.shape, min(count, logits.size(1))
-        values, ids = torch.empty(rows, count), torch.empty(rows, count, dtype=torch.long)
-        where = (logits.data_ptr(), values.data_ptr(), ids.data_ptr())
-        self._lib.step_top(self._step, rows, width, logits.stride(0), count, *where)
-        return values, ids
+        numbers, chosen = array("d", chain.from_iterable(knobs)), array("q", bytes(8 * len(knobs)))
+        (rows, width), to = logits.shape, (numbers.buffer_info()[0], chosen.buffer_info()[0])
+        self._lib.step_draw(self._step, rows, width, logits.stride(0), logits.data_ptr(), *to)
+        return chosen.tolist()
 
     def _compute(
         self,

@@ -4,11 +4,15 @@ A step is a list of rows. A row is one token at one position of the sequence in 
 decode and any mix of the two are the same call, so that the engine needs no case for either.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+Knobs = tuple[float, float, float, float, float]  # a random number from 0 to 1, temperature, top_p, min_p, top_k
+UNSETTLED, UNSOUND = -1, -2  # instead of a token
 
 
 class ModelRunner(Protocol):
@@ -49,10 +53,12 @@ class ModelRunner(Protocol):
         """
         ...
 
-    def top(self, logits: "Tensor", count: int) -> "tuple[Tensor, Tensor] | None":
-        """Return the `count` greatest values and token ids of each row of its logits, falling, equals by rising id.
+    @property
+    def draw(self) -> "Callable[[Tensor, Sequence[Knobs]], list[int]] | None":
+        """Draw a token from each row of its logits by top_k and the rest; None: it cannot, sampling.py has to.
 
-        None where a runner has no faster way than sampling.py.
+        Gives UNSETTLED where so many logits tie with the k-th that sampling.py has to, and UNSOUND where the greatest
+        is no finite number.
         """
         ...
 

@@ -6,8 +6,8 @@ number from the sequence's own generator. Whatever else is in the batch, a row's
 Tokens that tie with the k-th stay, as in `GPT.generate`; elsewhere equals are ordered by id.
 
 A row has 50 000 logits, so passes over it are what costs. One pass takes the greatest logit of each
-group of 64 neighbours; whatever needs the largest logits then looks into few groups. Where a runner finds
-the largest itself, top_k rows need no pass at all: 16 of them take 0.4 ms instead of 1.6 within a step.
+group of 64 neighbours; whatever needs the largest logits then looks into few groups. Where a runner draws
+from the largest itself, top_k rows need no pass at all.
 
 Letters: n rows, V vocabulary, G groups, w candidates.
 """
@@ -20,30 +20,30 @@ import torch
 from torch import Tensor
 
 from inference.penalties import penalize
+from inference.runner import UNSETTLED, UNSOUND, Knobs
 from inference.sequence import SamplingParams, Sequence, Token
 
 GROUP = 64
-SPARE = 8  # logits beyond top_k that are asked for, to see that none of them ties with the k-th
 
-Top = Callable[[Tensor, int], tuple[Tensor, Tensor] | None]  # ModelRunner.top
+Draw = Callable[[Tensor, list[Knobs]], list[int]]  # ModelRunner.draw
 
 
 def sample(
-    logits: Tensor, sequences: list[Sequence], greatest: list[int] | None = None, top: Top | None = None
+    logits: Tensor, sequences: list[Sequence], greatest: list[int] | None = None, draw: Draw | None = None
 ) -> list[Token | None]:
     """Return one token per row of float32 logits (n, V); None where a row has no finite greatest logit.
 
     Log-probabilities are those of the raw logits, before penalties and temperature. `greatest` says where each row's
     greatest logit is, if a runner knows; at V or above it is no token. Plain greedy rows then need no pass, nor do
-    top_k rows if there is `top`, which finds the greatest of each row.
+    top_k rows if there is `draw`, by which a runner draws them.
     """
     tokens: list[Token | None] = [None] * len(sequences)
     known = [] if greatest is None else _known(logits, sequences, greatest)
     for i, token_id in known:
         count = sequences[i].params.logprobs
         tokens[i] = Token(token_id) if count is None else score(logits[i : i + 1], [token_id], count)[0]
-    if greatest is not None and top is not None:
-        for i, token in _of_the_greatest(logits, sequences, greatest, top):
+    if greatest is not None and draw is not None:
+        for i, token in _drawn(logits, sequences, greatest, draw):
             tokens[i] = token
     rest = [i for i, token in enumerate(tokens) if token is None]
     if rest:
@@ -63,26 +63,26 @@ def _known(logits: Tensor, sequences: list[Sequence], greatest: list[int]) -> li
     return [place for place, sound in zip(places, finite, strict=True) if sound]
 
 
-def _of_the_greatest(
-    logits: Tensor, sequences: list[Sequence], greatest: list[int], top: Top
+def _drawn(
+    logits: Tensor, sequences: list[Sequence], greatest: list[int], draw: Draw
 ) -> list[tuple[int, Token | None]]:
-    """Return (row, token) of the top_k rows whose logits are unchanged and numbers; none where more tie than seen."""
+    """Return (row, token) of the top_k rows whose logits are unchanged, drawn by the runner if it does that."""
     V = logits.size(-1)
     rows = [i for i, s in enumerate(sequences) if greatest[i] < V and s.unchanged and _kind(s.params, V) == "top_k"]
     if not rows:
         return []
-    chosen = [sequences[i] for i in rows]
-    part = logits if len(rows) == len(logits) else logits[rows]
-    found = top(part, max(s.params.top_k for s in chosen) + SPARE)
-    if found is None:
-        return []
-    values, ids = found
-    kth = values.gather(1, torch.tensor([[s.params.top_k - 1] for s in chosen]))
-    if not ((values[:, -1:] < kth) & values[:, :1].isfinite()).all():
-        return []
-    drawn = _draw_sorted(values, ids, _knobs(chosen, values.device))[0]
-    sound = torch.ones_like(drawn, dtype=torch.bool)
-    return list(zip(rows, _tokens(part, drawn, sound, [s.params.logprobs for s in chosen]), strict=True))
+    chosen, part = [sequences[i] for i in rows], logits if len(rows) == len(logits) else logits[rows]
+    knobs = [_knobs(s) for s in chosen]
+    found = draw(part, knobs)
+    for i in (i for i, token_id in enumerate(found) if token_id == UNSETTLED):
+        found[i] = int(_draw_sorted(*_sorted(part[i : i + 1]), torch.tensor([knobs[i]], dtype=torch.float64))[0])
+    if all(s.params.logprobs is None for s in chosen):
+        return [
+            (row, None if token_id == UNSOUND else Token(token_id)) for row, token_id in zip(rows, found, strict=True)
+        ]
+    ids = torch.tensor(found)
+    tokens = _tokens(part, ids.clamp(min=0), ids != UNSOUND, [s.params.logprobs for s in chosen])
+    return list(zip(rows, tokens, strict=True))
 
 
 def _sample(logits: Tensor, sequences: list[Sequence]) -> list[Token | None]:
@@ -156,7 +156,8 @@ def _draw(kind: str, logits: Tensor, peaks: Tensor, best: Tensor, sequences: lis
     if kind == "greedy":
         groups = peaks.argmax(-1)
         return groups * GROUP + _open(logits, torch.arange(len(logits), device=logits.device), groups).argmax(-1)
-    knobs = _knobs(sequences, logits.device)
+    rows = [_knobs(s) for s in sequences]
+    knobs = torch.tensor(rows, dtype=torch.float64, device=logits.device)  # double: sums keep their last digits
     if kind == "plain":
         return _draw_weights(_weights(logits, best, knobs), knobs)
     if kind == "tail":
@@ -165,11 +166,10 @@ def _draw(kind: str, logits: Tensor, peaks: Tensor, best: Tensor, sequences: lis
     return _draw_sorted(values, ids, knobs)[0]
 
 
-def _knobs(sequences: list[Sequence], device: torch.device) -> Tensor:
-    """Return the next random number, temperature, top_p, min_p and top_k of each sequence (n, 5)."""
-    rows = [(s.generator.random(), s.params) for s in sequences]
-    columns = [(u, p.temperature, p.top_p, p.min_p, p.top_k) for u, p in rows]
-    return torch.tensor(columns, dtype=torch.float64, device=device)  # double: sums keep their last digits
+def _knobs(s: Sequence) -> Knobs:
+    """Return the next random number of a sequence, and how it draws."""
+    p = s.params
+    return s.generator.random(), p.temperature, p.top_p, p.min_p, p.top_k
 
 
 def _peaks(logits: Tensor) -> Tensor:

@@ -74,6 +74,7 @@ class TorchRunner:
     name = "torch"
     independent = False
     own_threads = False
+    draw = None
 
     def __init__(self, model: GPT, slots: int, device: str = "cpu", dtype: str = "fp32", record: Record | None = None):
         """`record` makes graphs of decode steps, which take one more slot of the cache; None: every step is launched.
@@ -137,9 +138,6 @@ class TorchRunner:
         ids, places, wanted = (torch.tensor(x, dtype=torch.long, device=self.device) for x in (tokens, positions, want))
         self._cache.begin(slots, positions)
         return self._model, self._model.hidden(ids[None], self._cache, places[None])[0][wanted]
-
-    def top(self, logits: Tensor, count: int) -> None:
-        """Leave it to sampling.py; see `ModelRunner.top`."""
 
     @torch.inference_mode()
     def copy(self, source: int, target: int, length: int) -> None:

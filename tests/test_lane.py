@@ -19,7 +19,7 @@ class TimedRunner:
     """A model whose steps take the time that a small CPU needs."""
 
     name, device, dtype, slots, block_size, vocab_size = "timed", "cpu", "fp32", 8, 2048, 16
-    position_bytes, last_argmax, independent, own_threads = 4, None, False, False
+    position_bytes, last_argmax, independent, own_threads, draw = 4, None, False, False, None
 
     def __init__(self) -> None:
         self.beats: list[float] = []
@@ -37,8 +37,6 @@ class TimedRunner:
 
     def hidden(self, *step: list[int]) -> torch.Tensor:
         return self.rows(*step)[:, :4]
-
-    def top(self, logits: torch.Tensor, count: int) -> None: ...
 
     def copy(self, source: int, target: int, length: int) -> None: ...
 

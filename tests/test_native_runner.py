@@ -16,6 +16,8 @@ from torch.nn import functional as F
 
 from inference.native import build
 from inference.native_runner import NativeRunner
+from inference.sampling import sample
+from inference.sequence import SamplingParams, Sequence
 from model import GPT, GPTConfig
 from storage import pretrained
 from storage.inspection import inspect_checkpoint
@@ -210,22 +212,36 @@ def test_want_may_be_in_any_order_repeat_and_be_empty():
     assert runner.last_argmax == []
 
 
-@pytest.mark.parametrize("count", [1, 3, 40, 5000])
-@pytest.mark.parametrize("width", [5, 64, 65, 1000, 4111])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_the_greatest_logits_come_in_falling_order_and_equals_by_token(width, count, threads):
+@pytest.mark.parametrize("width", [5, 64, 65, 1000, 4111])
+@pytest.mark.parametrize("scale", [0.3, 5])
+def test_tokens_are_drawn_as_sampling_draws_them(width, scale, threads):
     runner = NativeRunner(model_of(SHAPES["odd"]), slots=2, dtype="fp32", threads=threads)
-    logits = torch.randn(7, width + 3, generator=torch.Generator().manual_seed(width))[:, :width]  # rows lie apart
-    logits[1] = logits[1].round()
-    logits[2], logits[3] = 0.0, -torch.inf
-    logits[4, ::2], logits[5, 0] = torch.nan, torch.inf
-    values, ids = runner.top(logits, count)
-    expected, places = logits.nan_to_num(-torch.inf, torch.inf, -torch.inf).sort(dim=-1, descending=True, stable=True)
-    assert values.shape == ids.shape == (7, min(count, width)) and torch.equal(values, expected[:, :count])
-    numbers = values > -torch.inf
-    numbers[3] = True  # they are all equal
-    assert torch.equal(ids[numbers], places[:, :count][numbers])
+    random = torch.Generator().manual_seed(width)
+    logits = (torch.randn(60, width + 3, generator=random) * scale)[:, :width]  # rows lie apart
+    logits[40:45], logits[45:50] = logits[40:45].round(), logits[45:50].sign()  # some tie, and many
+    asked = [
+        SamplingParams(
+            seed=i, temperature=(0.1, 0.8, 1.5)[i % 3], top_k=(1, 2, 4)[i % 3], top_p=(1, 0.9, 0.3)[i // 3 % 3]
+        )
+        for i in range(60)
+    ]
+    expected = sample(logits, [Sequence([0], p) for p in asked])
+    best = logits.argmax(1).tolist()
+    assert sample(logits, [Sequence([0], p) for p in asked], best, runner.draw) == expected
+    few = runner.draw(logits, [(0.5, 1.0, 1.0, 0.1, p.top_k) for p in asked])
+    assert min(few[:40]) >= 0 and (set(few[45:50]) == {-1} or width == 5)
     assert torch.equal(prefill(runner, [1, 2]), prefill(runner, [1, 2]))  # steps go on
+
+
+def test_a_row_that_is_no_number_has_no_token_drawn_and_disturbs_no_other():
+    runner = NativeRunner(model_of(SHAPES["odd"]), slots=2, dtype="fp32", threads=1)
+    logits = torch.randn(6, 200)
+    logits[1], logits[2], logits[3, 7], logits[4, ::2] = -torch.inf, torch.nan, torch.inf, -torch.inf
+    logits[5] = 0.0  # all tie
+    found = runner.draw(logits, [(0.99, 1.0, 1.0, 0.0, 5)] * 6)
+    assert found[1:4] == [-2, -2, -2] and found[4] % 2 == 1 and found[5] == -1
+    assert found[0] in logits[0].topk(5).indices.tolist()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

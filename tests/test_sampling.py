@@ -3,6 +3,7 @@
 import math
 import random
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -308,9 +309,20 @@ def greatest(logits: torch.Tensor) -> list[int]:
     return torch.where(unsound, logits.size(-1), logits.argmax(-1)).tolist()
 
 
-def top(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    values, ids = logits.sort(stable=True, dim=-1, descending=True)
-    return values[:, :count], ids[:, :count]
+def draw(logits: torch.Tensor, knobs: list[Any]) -> list[int]:
+    """Draw as a runner may: where more logits tie with the k-th than it looks at, it leaves the row."""
+    found = []
+    for values, (u, temperature, top_p, min_p, top_k) in zip(logits, knobs, strict=True):
+        if not values.max().isfinite():
+            found.append(-2)
+        elif (values >= values.topk(int(top_k)).values[-1]).sum() >= top_k + 8:
+            found.append(-1)
+        else:
+            fixed = {"temperature": temperature, "top_p": top_p, "min_p": min_p, "top_k": int(top_k)}
+            one = sequence(**fixed)
+            one.generator = SimpleNamespace(random=lambda u=u: u)
+            found.append(sample(values[None], [one])[0].token_id)
+    return found
 
 
 @settings(max_examples=60, deadline=None)
@@ -321,9 +333,7 @@ def top(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     coarse=st.booleans(),
     bad=st.sampled_from([0.0, math.nan, math.inf, -math.inf]),
 )
-def test_a_runner_that_finds_the_greatest_changes_no_token(
-    rows: list[Any], seed: int, size: int, coarse: bool, bad: float
-) -> None:
+def test_a_runner_that_draws_changes_no_token(rows: list[Any], seed: int, size: int, coarse: bool, bad: float) -> None:
     logits = torch.randn(len(rows), size, generator=torch.Generator().manual_seed(seed)) * 2
     if coarse:
         logits = logits.round()  # many ties with the k-th
@@ -331,15 +341,16 @@ def test_a_runner_that_finds_the_greatest_changes_no_token(
         logits[0] = bad
     rows = [{**p, "output": tuple(i % size for i in p["output"])} for p in rows]
     expected = sample(logits, [sequence(**p) for p in rows])
-    assert sample(logits, [sequence(**p) for p in rows], greatest(logits), top) == expected
+    assert sample(logits, [sequence(**p) for p in rows], greatest(logits), draw) == expected
 
 
-def test_top_k_rows_need_no_pass_where_a_runner_finds_the_greatest(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_top_k_rows_need_no_pass_where_a_runner_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.randn(3, WIDE)
     asked = [{"top_k": 4}, {"top_k": 9, "top_p": 0.5}, {"top_k": 2, "logprobs": 2}]
     expected = sample(logits, [sequence(**p) for p in asked])
+    known = [token.token_id for token in expected if token is not None]
     monkeypatch.setattr("inference.sampling._sample", lambda *_: pytest.fail("the logits are passed over"))
-    assert sample(logits, [sequence(**p) for p in asked], greatest(logits), top) == expected
+    assert sample(logits, [sequence(**p) for p in asked], greatest(logits), lambda *_: known) == expected
 
 
 @pytest.mark.parametrize(("logprobs", "reads"), [(None, 1), (3, 2)])

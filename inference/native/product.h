@@ -192,7 +192,7 @@ void multiply(const char *w, long steps, const int32_t *a, std::span<const Rest>
     };
     const auto fetch = [&] {
         for (long k = 0; k < turn(KIND); k += 64) _mm_prefetch(w + NEAR + k, _MM_HINT_T0);
-        if (R > 4) {
+        if (R > 4 || KIND != COMPACT) {
             for (long k = 0; k < turn(KIND); k += 64) _mm_prefetch(next.at + k, _MM_HINT_T1);
             next.at += next.stride;
         }
@@ -274,7 +274,7 @@ void product(const Matrix &m, const Input &in, long panel, float *out, long stri
     Sum<KIND> sum[MOST][2];
     for (long t = 0; t < n; t++) {
         const long first = in.first(t), end = in.first(t + 1), turns = t ? steps : steps * 128 / unpacked(KIND);
-        const Fetch ahead = n > 1 ? Fetch{next + t * (next - w) / n, (next - w) / n / turns} : Fetch{w + FAR, turn(KIND)};
+        const Fetch ahead = n > 1 ? Fetch{next + t * (next - w) / n, (next - w) / n / turns} : Fetch{w + (in.count > 4 ? FAR : NEAR), turn(KIND)};
         const Fetch after = n > 1 && later.to > later.from ? later.part(panel * n + t, tiles, turns) : Fetch{nullptr, 0};
         const auto tile = (t ? TILES<AGAIN> : TILES<KIND>)[end - first - 1];
         tile(t && KIND == COMPACT ? room : w, steps, in.line<KIND>(first), rest, n > 1 ? room : nullptr, ahead, after, sum);

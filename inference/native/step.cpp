@@ -10,7 +10,7 @@
 #include "team.h"
 #include "top.h"
 
-constexpr long VERSION = 4;  // of the structures and functions that inference/native_runner.py also knows
+constexpr long VERSION = 5;  // of the structures and functions that inference/native_runner.py also knows
 constexpr long ROWS = 512;   // rows computed at once; a longer step is cut into such parts, which changes no result
 constexpr long FEW = 2;      // so many rows are prepared by every thread for itself, which costs less than to meet
 
@@ -81,12 +81,12 @@ struct Own {  // of one thread
         : input(FEW, 4 * width), row(width), scores(NEIGHBOURS * span), panel(kind == COMPACT ? 4 * width * PANEL * 2 : 0) {}
 };
 
-// What is asked of finished logits: the greatest `count` of each of `rows` rows of `width`, which lie `stride` apart.
-struct Top {
-    long rows, width, stride, count;
+// What is asked of finished logits: a token drawn from each of `rows` rows of `width`, which lie `stride` apart.
+struct Draws {
+    long rows, width, stride;
     const float *logits;
-    float *values;
-    long *ids;
+    const Knobs *knobs;
+    long *chosen;
 };
 
 struct Step {
@@ -101,7 +101,7 @@ struct Step {
     const long *token;
     float *logits, *hidden;               // where results go; hidden states instead of logits unless null
     long *best;
-    Top top{};                            // its rows are 0 while there are rows to compute
+    Draws draws{};                        // its rows are 0 while there are rows to compute
     Team team;                            // last: its threads use the rest
 
     explicit Step(const Model &m)
@@ -233,10 +233,9 @@ struct Step {
     }
 
     void work(Member &me) {
-        if (top.rows)
-            return me.each(top.rows, [&](long i) {
-                const long at = i * top.count;
-                greatest_of(top.logits + i * top.stride, top.width, top.count, top.values + at, top.ids + at, own[me.id]->top);
+        if (draws.rows)
+            return me.each(draws.rows, [&](long i) {
+                draws.chosen[i] = draw(draws.logits + i * draws.stride, draws.width, draws.knobs[i], own[me.id]->top);
             });
         if (m.kind == F32) forward<F32>(me);
         else if (m.kind == BF16) forward<BF16>(me);
@@ -309,11 +308,11 @@ long step_rows(Step *step, long count, const long *token, const long *slot, cons
     return -1;
 }
 
-// Put the `count` greatest of each row of logits and their tokens into `values` and `ids`, falling.
-void step_top(Step *step, long rows, long width, long stride, long count, const float *logits, float *values, long *ids) {
-    step->top = {rows, width, stride, count, logits, values, ids};
+// Draw a token from each row of logits by its knobs; see draw() for what is no token.
+void step_draw(Step *step, long rows, long width, long stride, const float *logits, const Knobs *knobs, long *chosen) {
+    step->draws = {rows, width, stride, logits, knobs, chosen};
     step->team.run();
-    step->top.rows = 0;
+    step->draws.rows = 0;
 }
 #pragma GCC visibility pop
 }

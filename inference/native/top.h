@@ -1,4 +1,5 @@
-// The greatest of many numbers, sorted, for sampling: what torch needs ten passes and calls for, one pass here.
+// Draw a token from the greatest logits of a row: what torch needs twenty calls and some passes for, one pass here.
+// The rules are those of inference/sampling.py, which also says what they mean.
 #pragma once
 #include <algorithm>
 
@@ -11,11 +12,12 @@ struct TopRoom {
     struct Entry { float value; long id; };
     std::vector<float> peaks, order;  // of the groups: as they lie, and to find the least that matters
     std::vector<Entry> found;
+    std::vector<double> weights;
 };
 
-// Put the `count` greatest of z[0..n) and where they are into `values` and `ids`, falling, equals by rising place.
-// NaN is left out; -inf at place 0 fills up.
-inline void greatest_of(const float *z, long n, long count, float *values, long *ids, TopRoom &room) {
+// Leave in `room.found` the `count` greatest of z[0..n) and where they are, falling, equals by rising place; NaN is left
+// out, and there are fewer if there are not so many numbers.
+inline void find_greatest(const float *z, long n, long count, TopRoom &room) {
     const long groups = (n + GROUP - 1) / GROUP;
     const auto some = [&](long i) { return (__mmask16)(n - i >= 16 ? 0xffff : n > i ? (1 << (n - i)) - 1 : 0); };
     room.peaks.resize(groups);
@@ -44,5 +46,39 @@ inline void greatest_of(const float *z, long n, long count, float *values, long 
     std::partial_sort(room.found.begin(), room.found.begin() + here, room.found.end(), [](const auto &a, const auto &b) {
         return a.value > b.value || (a.value == b.value && a.id < b.id);
     });
-    for (long i = 0; i < count; i++) values[i] = i < here ? room.found[i].value : -INFINITY, ids[i] = i < here ? room.found[i].id : 0;
+    room.found.resize(here);
+}
+
+struct Knobs { double u, temperature, top_p, min_p, top_k; };  // u: the random number, from 0 to 1
+
+constexpr long SPARE = 8;  // logits beyond top_k that are looked at, to see that none of them ties with the k-th
+constexpr long UNSETTLED = -1, UNSOUND = -2;
+
+// Return the token drawn from a row of n logits; UNSETTLED where more tie with the top_k-th than are looked at, UNSOUND
+// where the greatest is no finite number.
+inline long draw(const float *z, long n, const Knobs &knobs, TopRoom &room) {
+    const long k = std::min<long>(knobs.top_k, n);
+    find_greatest(z, n, std::min(k + SPARE, n), room);
+    const auto &found = room.found;
+    if (found.empty() || !std::isfinite(found[0].value)) return UNSOUND;
+    const long here = found.size();
+    const float least = found[std::min(k, here) - 1].value;
+    if (here < n && found[here - 1].value == least) return UNSETTLED;
+    room.weights.clear();
+    double total = 0, before = 0, mass = 0;
+    for (long i = 0; i < here && found[i].value >= least; i++) {
+        room.weights.push_back(std::exp(((double)found[i].value - found[0].value) / knobs.temperature));
+        total += room.weights[i];
+    }
+    for (double &w : room.weights) {  // the tail that top_p or min_p cut has no weight, the greatest always stays
+        const bool gone = &w != &room.weights[0] && ((knobs.top_p < 1 && before >= knobs.top_p * total) || w < knobs.min_p);
+        before += w;
+        if (gone) w = 0;
+        mass += w;
+    }
+    const double target = std::min(knobs.u * mass, std::nextafter(mass, 0.0));
+    double sum = 0;
+    for (size_t i = 0; i < room.weights.size(); i++)
+        if ((sum += room.weights[i]) > target) return found[i].id;
+    return found[0].id;
 }
