@@ -229,9 +229,36 @@ def test_tokens_are_drawn_as_sampling_draws_them(width, scale, threads):
     expected = sample(logits, [Sequence([0], p) for p in asked])
     best = logits.argmax(1).tolist()
     assert sample(logits, [Sequence([0], p) for p in asked], best, runner.draw) == expected
-    few = runner.draw(logits, [(0.5, 1.0, 1.0, 0.1, p.top_k) for p in asked])
+    few = runner.draw(logits, [(0.5, 1.0, 1.0, 0.1, 2) for _ in asked])
     assert min(few[:40]) >= 0 and (set(few[45:50]) == {-1} or width == 5)
     assert torch.equal(prefill(runner, [1, 2]), prefill(runner, [1, 2]))  # steps go on
+
+
+@pytest.mark.parametrize(
+    "knobs", [(1.0, 1.0, 0.0), (0.7, 1.0, 0.0), (1.0, 0.6, 0.0), (1.0, 1.0, 0.02), (1.0, 0.9, 0.01)]
+)
+def test_what_is_drawn_follows_the_softmax_and_its_cuts(knobs):
+    temperature, top_p, min_p = knobs
+    runner = NativeRunner(model_of(SHAPES["odd"]), slots=2, dtype="fp32", threads=2)
+    logits = torch.randn(1, 300, generator=torch.Generator().manual_seed(1)) * 3
+    weights = ((logits[0] - logits.max()).double() / temperature).exp()
+    order = weights.argsort(descending=True)
+    before = weights[order].cumsum(0) - weights[order]
+    weights[order[(before >= top_p * weights.sum()) & (before > 0) & (torch.tensor(top_p) < 1)]] = 0
+    weights[weights < min_p] = 0
+    draws = 4000
+    evenly = [((i + 0.5) / draws, temperature, top_p, min_p, 0) for i in range(draws)]
+    counts = torch.bincount(torch.tensor(runner.draw(logits.expand(draws, -1), evenly)), minlength=300)
+    assert (counts / draws - weights / weights.sum()).abs().max() < 1.5 / draws
+
+
+def test_a_flat_row_whose_tail_lies_far_away_is_left_to_sampling():
+    runner = NativeRunner(model_of(SHAPES["odd"]), slots=2, dtype="fp32", threads=1)
+    asked = SamplingParams(temperature=1.0, top_k=0, top_p=0.9, seed=3)
+    assert runner.draw(torch.zeros(1, 4000), [(0.5, 1.0, 0.9, 0.0, 0)]) == [-1]
+    logits = torch.randn(1, 4000, generator=torch.Generator().manual_seed(1)) * 0.1
+    expected = sample(logits, [Sequence([0], asked)])
+    assert sample(logits, [Sequence([0], asked)], logits.argmax(1).tolist(), runner.draw) == expected
 
 
 def test_a_row_that_is_no_number_has_no_token_drawn_and_disturbs_no_other():

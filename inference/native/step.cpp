@@ -8,9 +8,9 @@
 #include "attention.h"
 #include "product.h"
 #include "team.h"
-#include "top.h"
+#include "draw.h"
 
-constexpr long VERSION = 5;  // of the structures and functions that inference/native_runner.py also knows
+constexpr long VERSION = 6;  // of the structures and functions that inference/native_runner.py also knows
 constexpr long ROWS = 512;   // rows computed at once; a longer step is cut into such parts, which changes no result
 constexpr long FEW = 2;      // so many rows are prepared by every thread for itself, which costs less than to meet
 
@@ -76,7 +76,7 @@ struct Own {  // of one thread
     InputRoom input;
     Room<float> row, scores;
     Room<char> panel;  // of bfloat16, unpacked
-    TopRoom top;
+    DrawRoom room;
     Own(long width, long span, long kind)
         : input(FEW, 4 * width), row(width), scores(NEIGHBOURS * span), panel(kind == COMPACT ? 4 * width * PANEL * 2 : 0) {}
 };
@@ -235,7 +235,7 @@ struct Step {
     void work(Member &me) {
         if (draws.rows)
             return me.each(draws.rows, [&](long i) {
-                draws.chosen[i] = draw(draws.logits + i * draws.stride, draws.width, draws.knobs[i], own[me.id]->top);
+                draws.chosen[i] = draw(draws.logits + i * draws.stride, draws.width, draws.knobs[i], own[me.id]->room);
             });
         if (m.kind == F32) forward<F32>(me);
         else if (m.kind == BF16) forward<BF16>(me);
