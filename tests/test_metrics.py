@@ -4,6 +4,9 @@ import io
 import json
 import math
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +19,8 @@ from training.hardware import Peak, sheet_peak
 from training.progress import PreparationLine, ProgressLine, bar, duration, quantity
 from training.report import Report, losses
 from training.windows import UnlistedOrder, WindowOrder, gather
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # ---- metrics.jsonl
 
@@ -201,3 +206,10 @@ def test_a_row_that_does_not_fit_on_the_disk_leaves_no_half(tmp_path, monkeypatc
     monkeypatch.undo()
     metrics.append(tmp_path / "m", {"iter_num": 3})
     assert [row["iter_num"] for row in metrics.read(tmp_path / "m")] == [1, 3]
+
+
+def test_the_memory_of_a_process_is_its_own_and_not_that_of_who_started_it():
+    large = bytearray(b"x") * (300 << 20)  # in memory while the other starts
+    code = "from training.hardware import process_memory; print(process_memory())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert 5 << 20 < int(done.stdout) < len(large)
