@@ -133,7 +133,7 @@ class Packer:
         padded = up_to(rows, PANEL)
         packed, rest = self._arena.take((padded // PANEL, self._panel_bytes(width)), torch.uint8), []
         scale, start = torch.zeros(padded), 0
-        small = (s for large in parts for s in torch.split(large.detach(), 16 * PANEL))  # so that copies are
+        small = (s for large in parts for s in torch.split(large.detach(), 4 * PANEL))  # so that copies are
         for part in small:
             part = F.pad(part.float(), (0, 0, 0, -len(part) % PANEL))
             most = part.abs().amax(1)
