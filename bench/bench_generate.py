@@ -20,11 +20,10 @@ from pathlib import Path
 from bench import peer_llama
 from bench.contestant import Absent, Contestant, Process, Result
 from bench.measure import Figure, Noise, comparison, machine, ratio, read_bandwidth
-from bench.reference_model import WORK, decode_weights, model_folder, prompts
+from bench.reference_model import BYTES, WORK, decode_weights, model_folder, prompts
 from storage.pretrained import load_folder
 
 NEW = 128
-BYTES = {"fp32": 4, "bf16": 1.5, "int8": 1}  # of a weight as the native step keeps it
 
 
 @dataclass(frozen=True)

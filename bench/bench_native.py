@@ -15,14 +15,12 @@ from functools import partial
 import torch
 
 from bench.measure import Figure, Noise, machine, read_bandwidth
-from bench.reference_model import SMALL, decode_weights, prompts
+from bench.reference_model import BYTES, decode_weights, prompts, random_model
 from inference.native_runner import NativeRunner
-from model import GPT, GPTConfig
 
 CONTEXT, STEPS = 64, 12  # positions before a decode step; steps of one sample
 DECODE = (1, 4, 16, 32)  # rows
 PREFILL = ((1, 64), (1, 512), (16, 64))  # prompts and their length
-BYTES = {"fp32": 4, "bf16": 1.5, "int8": 1}  # of a weight as the native step keeps it
 
 
 def prefill(runner: NativeRunner, ids: list[list[int]]) -> float:
@@ -77,9 +75,8 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a small model, to try the benchmark itself")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    config = GPTConfig(**(SMALL if args.small else {}), activation="gelu_new")  # type: ignore[arg-type]
-    model = GPT(config).eval()
+    model = random_model(args.small)
+    config = model.config
     contestants = {
         (dtype, name): work
         for dtype in args.dtype.split(",")

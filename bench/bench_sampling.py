@@ -13,11 +13,10 @@ import time
 import torch
 
 from bench.measure import Figure, Noise, machine
-from bench.reference_model import SMALL, prompts
+from bench.reference_model import prompts, random_model
 from inference.native_runner import NativeRunner
 from inference.sampling import sample
 from inference.sequence import SamplingParams, Sequence
-from model import GPT, GPTConfig
 
 REQUESTS, CONTEXT = 16, 64
 KINDS = {
@@ -65,8 +64,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a small model, to try the benchmark itself")
     args = parser.parse_args()
     torch.set_num_threads(1)  # as the engine does beside this runner
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(**(SMALL if args.small else {}), activation="gelu_new")).eval()  # type: ignore[arg-type]
+    model = random_model(args.small)
     noise = Noise()
     print("| precision | sampling | ms | of a step |\n|---|---|---|---|")
     for dtype in args.dtype.split(","):

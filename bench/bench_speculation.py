@@ -23,10 +23,10 @@ import torch
 
 from bench.contestant import ROOT
 from bench.measure import Figure, machine, ratio, rounds
-from bench.reference_model import SMALL
+from bench.reference_model import random_model
 from inference.engine import Engine
 from inference.sequence import SamplingParams
-from model import GPT, GPTConfig
+from model import GPT
 from storage.checkpoints import open_model
 from storage.registry import ModelReference
 from storage.runs import Workspace
@@ -91,8 +91,7 @@ def scripted(names: list[str], small: bool) -> Iterator[tuple[str, Text]]:
     code = [path.read_text("utf-8", "ignore") for path in sorted(library.glob("*.py"))]
     prose = (library / "pydoc_data" / "topics.py").read_text("utf-8")
     tokenizer = train_bpe([*code, prose], 512 if small else 8192)
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(**(SMALL if small else {}), activation="gelu_new"))  # type: ignore[arg-type]
+    model = random_model(small)
     for name, ids in texts(tokenizer, "\n".join(code), prose).items():
         if name in names:
             let_write(model, ids)

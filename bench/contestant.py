@@ -99,12 +99,17 @@ class Process:
         """End the child."""
         for pipe in (self._child.stdin, self._child.stdout):
             pipe.close()  # type: ignore[union-attr]
-        try:
-            self._child.wait(20)
-        except subprocess.TimeoutExpired:
-            self._child.kill()
-            self._child.wait()
+        end(self._child, 20)
         self._said.close()
+
+
+def end(child: subprocess.Popen[str], seconds: float) -> None:
+    """Wait for the end of a child that was told to, and kill it when it takes too long."""
+    try:
+        child.wait(seconds)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
 
 
 # --- the child's side

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench import peer_llama
-from bench.contestant import ROOT, Absent
+from bench.contestant import ROOT, Absent, end
 
 START = 120.0  # seconds that a server gets until it is healthy
 
@@ -88,11 +88,7 @@ class Server:
     def close(self) -> None:
         """End it."""
         self._child.terminate()
-        try:
-            self._child.wait(60)
-        except subprocess.TimeoutExpired:
-            self._child.kill()
-            self._child.wait()
+        end(self._child, 60)
         self._said.close()
 
 

@@ -18,15 +18,23 @@ SMALL = {"n_layer": 2, "n_head": 4, "n_embd": 128, "vocab_size": 512}
 FIRST_CHARACTER = 0x20000  # a range without surrogates and white space
 
 
+BYTES = {"fp32": 4, "bf16": 1.5, "int8": 1}  # of a weight as the native step keeps it
+
+
+def random_model(small: bool = False) -> GPT:
+    """Return GPT-2 124M, or a small model, with the same random weights each time."""
+    torch.manual_seed(0)
+    return GPT(GPTConfig(**(SMALL if small else {}), activation="gelu_new")).eval()  # type: ignore[arg-type]
+
+
 def model_folder(work: Path, small: bool = False) -> Path:
     """Return the folder of the model, written now if need be: `gpt2`, or a small one to try a benchmark itself."""
     folder = work / ("small" if small else "full") / "gpt2"
     if not (folder / "config.json").exists():
-        torch.manual_seed(0)
-        config = GPTConfig(**(SMALL if small else {}), activation="gelu_new")  # type: ignore[arg-type]
-        characters = {chr(FIRST_CHARACTER + i): i for i in range(config.vocab_size)}
+        model = random_model(small)
+        characters = {chr(FIRST_CHARACTER + i): i for i in range(model.config.vocab_size)}
         folder.parent.mkdir(parents=True, exist_ok=True)
-        export(GPT(config), CharTokenizer(characters), folder)
+        export(model, CharTokenizer(characters), folder)
     return folder
 
 

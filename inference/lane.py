@@ -143,11 +143,8 @@ class Lane:
             choosing += [sequence] * share.samples
         best = self.runner.last_argmax
         greatest = None if best is None else [best[row] for row in last]
-        chosen = iter(
-            sample(logits if len(last) == len(logits) else logits[last], choosing, greatest, self.runner.draw)
-            if last
-            else ()
-        )
+        rows = logits if len(last) == len(logits) else logits[last]
+        chosen = iter(sample(rows, choosing, greatest, self.runner.draw) if last else ())
         step.advance()
         for sequence, scores in scored:
             sequence.prompt_logprobs.extend(scores)

@@ -7,7 +7,7 @@ Tokens that tie with the k-th stay, as in `GPT.generate`; elsewhere equals are o
 
 A row has 50 000 logits, so passes over it are what costs. One pass takes the greatest logit of each
 group of 64 neighbours; whatever needs the largest logits then looks into few groups. Where a runner draws
-itself (native/draw.h), rows that nothing changes need no pass of torch: 16 of them take 0.3 ms instead of 1.6.
+itself (native/draw.h), rows that nothing changes need no pass of torch: 16 of them take 0.5 ms instead of 1.6.
 
 Letters: n rows, V vocabulary, G groups, w candidates.
 """

@@ -1,16 +1,13 @@
 """Training on what is marked to be learned: its windows, losses and gradients, and a model that chats."""
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from two_processes import train_in_two
 
 import train
 from learning.batches import Batches
@@ -145,19 +142,7 @@ def test_steps_count_by_what_is_learned_in_them(workspace):
 
 def test_two_processes_make_the_losses_of_one(workspace):
     run(workspace, "one", max_iters=3)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        team = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    command = [sys.executable, "train.py", *argv(workspace, "two", max_iters=3)]
-    members = [
-        subprocess.Popen(command, cwd=ROOT, env=os.environ | team | {"RANK": rank}, stdout=subprocess.DEVNULL)
-        for rank in "01"
-    ]
-    try:
-        assert [member.wait(50) for member in members] == [0, 0]
-    finally:
-        for member in members:
-            member.kill()
+    assert train_in_two(argv(workspace, "two", max_iters=3)) == [0, 0]
     one, two = (metrics.read(workspace.run(name).metrics) for name in ("one", "two"))
     assert [row["loss"] for row in two[1:]] == pytest.approx([row["loss"] for row in one[1:]], abs=1e-5)
     assert two[-1]["val_loss"] == pytest.approx(one[-1]["val_loss"], abs=1e-5)

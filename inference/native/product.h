@@ -169,8 +169,8 @@ struct Fetch {
 };
 
 // result[r] = a panel's 32 rows times line r, for the R lines of a tile. Fetches weights NEAR bytes ahead into the first
-// cache; tiles of more than a few lines have time for two other streams. Of a compact panel the unpacked form is kept in
-// `copy` unless it is null.
+// cache; tiles of more than a few lines have time for two other streams, compact ones of few for none. Of a compact panel
+// the unpacked form is kept in `copy` unless it is null.
 template <int KIND, int R>
 void multiply(const char *w, long steps, const int32_t *a, std::span<const Rest> rest, char *copy, Fetch next, Fetch later,
               Sum<KIND> (*result)[2]) {

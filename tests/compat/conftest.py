@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from clients import BYTES
 from live_server import Process
+from openai_shapes import checked
 
 NPM_OPENAI = "openai@6"
 
@@ -54,3 +55,10 @@ def node_modules(tmp_path_factory) -> Path | None:
     command = ["npm", "install", "--no-audit", "--no-fund", "--silent", NPM_OPENAI]
     done = subprocess.run(command, cwd=folder, capture_output=True, timeout=120)
     return folder / "node_modules" if done.returncode == 0 else None
+
+
+@pytest.fixture
+def client(served):
+    """Return a client of openai's whose replies are checked, for a test file's own `served`."""
+    with checked(f"http://127.0.0.1:{served.server.port}", timeout=10) as made:
+        yield made

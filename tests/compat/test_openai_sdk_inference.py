@@ -3,7 +3,6 @@
 import openai
 import pytest
 from fakes import FakeEngine, byte_tokenizer
-from openai_shapes import checked
 from test_openai_sdk_jobs import Served
 
 from inference.sequence import EngineDown, QueueFull
@@ -25,12 +24,6 @@ def served(tmp_path, tokenizer):
     found = Served(tmp_path, engine)
     yield found
     found.close()
-
-
-@pytest.fixture
-def client(served):
-    with checked(f"http://127.0.0.1:{served.server.port}", timeout=10) as made:
-        yield made
 
 
 def test_a_chat_and_its_stream(served, client):

@@ -10,7 +10,6 @@ import time
 import openai
 import pytest
 from fakes import FakeEngine, byte_tokenizer
-from openai_shapes import checked
 from test_jobs import FakeBackend
 from werkzeug.serving import WSGIRequestHandler, make_server
 
@@ -82,12 +81,6 @@ def served(tmp_path):
     found = Served(tmp_path)
     yield found
     found.close()
-
-
-@pytest.fixture
-def client(served):
-    with checked(f"http://127.0.0.1:{served.server.port}", timeout=10) as made:
-        yield made
 
 
 @pytest.fixture
