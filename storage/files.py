@@ -222,7 +222,25 @@ def disk_errors_explained(name: str) -> Iterator[None]:
             raise NoSpace(f"the disk is full: {name} could not be written") from e
         if e.errno == errno.EROFS:
             raise NotWritable(f"the disk is read-only: {name} could not be written") from e
+        if e.errno == errno.EACCES:
+            raise NotWritable(f"the server may not write there: {name} could not be written") from e
         raise
+
+
+@contextlib.contextmanager
+def folder_to_be(target: Path) -> Iterator[Path]:
+    """Give a new folder beside `target`, to be filled and renamed to it; what is not renamed is removed.
+
+    Raises NoSpace and NotWritable for what the disk does.
+    """
+    with disk_errors_explained(target.name):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = temporary_beside(target)
+        temporary.mkdir()
+        try:
+            yield temporary
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def replace_file(path: Path, write: Callable[[BinaryIO], None], verify: Callable[[Path], None] | None = None) -> None:

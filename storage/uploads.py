@@ -14,8 +14,8 @@ from storage import tokenizer as tokenizers
 from storage.datasets import Dataset, canonical, dataset
 from storage.documents import BINARY, SUFFIXES, Scan, pieces, scan, sources
 from storage.encodings import UTF8, Transcoder, check_encoding
-from storage.errors import BadName, Exists, NotLoadable, TooLarge
-from storage.files import quoted, replace_file, sync_folder, temporary_beside
+from storage.errors import BadName, Exists, NotFound, NotLoadable, TooLarge
+from storage.files import folder_to_be, quoted, replace_file, sync_folder
 from storage.runs import Workspace
 from storage.trash import move_to_trash
 
@@ -80,10 +80,7 @@ def upload(
     taken = Exists(f"there is a dataset {checked} already; delete it first, or choose another name")
     if os.path.lexists(target):
         raise taken
-    data.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_beside(target)
-    temporary.mkdir()
-    try:
+    with folder_to_be(target) as temporary:
         replace_file(temporary / STORED_AS[suffix], lambda f: _copy(stream, f, limit, encoding))
         try:
             found = scan(pieces(temporary, sources(temporary)))
@@ -91,20 +88,17 @@ def upload(
             raise NotLoadable(f"file{str(e).removeprefix(STORED_AS[suffix])}") from None
         if found.characters == 0:
             raise NotLoadable("file has no text")
-        os.rename(temporary, target)  # fails if another upload was quicker: its folder is not empty
-    except OSError as e:
-        if e.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-            raise taken from None
-        raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            os.rename(temporary, target)  # fails if another upload was quicker: its folder is not empty
+        except OSError as e:
+            if e.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                raise taken from None
+            raise
     sync_folder(data)
     return Dataset(workspace, checked), _report(found, workspace, target)
 
 
-def delete(workspace: Workspace, name: object) -> None:
-    """Move a dataset to data/.trash; of one with a prepare.py delete only what that makes again. Raises NotFound."""
-    folder = dataset(workspace, name).folder
+def _delete(folder: Path) -> None:
     if not os.path.lexists(folder / "prepare.py"):
         move_to_trash(folder)
         return
@@ -115,3 +109,12 @@ def delete(workspace: Workspace, name: object) -> None:
             shutil.rmtree(entry.path)
         else:
             os.unlink(entry.path)
+
+
+def delete(workspace: Workspace, name: object) -> None:
+    """Move a dataset to data/.trash; of one with a prepare.py delete only what that makes again. Raises NotFound."""
+    found = dataset(workspace, name)
+    try:
+        _delete(found.folder)
+    except FileNotFoundError:  # another request was quicker
+        raise NotFound(f"the dataset {found.name} has just been deleted") from None

@@ -5,6 +5,7 @@ upload is copied and read to its end before it is listed as processed; what is w
 with the file, by line. Archives are refused. To train on a file, it becomes a dataset (`as_dataset`).
 """
 
+import errno
 import fcntl
 import os
 import re
@@ -19,6 +20,7 @@ from typing import BinaryIO
 from storage.documents import BINARY, MAX_LINE_BYTES, pieces, scan, sources
 from storage.errors import BadName, NotFound, NotLoadable, StorageError, TooLarge
 from storage.files import (
+    folder_to_be,
     open_regular,
     quoted,
     read_json,
@@ -140,19 +142,13 @@ def save(workspace: Workspace, filename: object, purpose: object, stream: Binary
     name, beginning = _display_name(filename), stream.read(COPY_BYTES)
     _refuse_archives(beginning)
     stored_as = _stored_as(name, str(purpose), beginning)
-    folder = _folder(workspace)
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"file-{secrets.token_hex(12)}"
-    temporary = temporary_beside(target)
-    temporary.mkdir()
-    try:
+    target = _folder(workspace) / f"file-{secrets.token_hex(12)}"
+    with folder_to_be(target) as temporary:
         replace_file(temporary / stored_as, lambda f: _copy(beginning, stream, f, limit))
         size = (temporary / stored_as).stat().st_size
         UserFile(temporary, time.time(), name, str(purpose), size, stored_as, "uploaded").write()
         os.rename(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    sync_folder(folder)
+    sync_folder(target.parent)
     return settled(UserFile.read(target))
 
 
@@ -271,17 +267,16 @@ def as_dataset(workspace: Workspace, training: UserFile, validation: UserFile | 
     target = workspace.data / name
     if target.is_dir():
         return name
-    workspace.data.mkdir(parents=True, exist_ok=True)
     require_space(workspace.data, training.bytes + (0 if validation is None else validation.bytes))
-    temporary = temporary_beside(target)
-    temporary.mkdir()
-    try:
+    with folder_to_be(target) as temporary:
         _copy_into(temporary, training, training.stored_as)
         if validation is not None:
             _copy_into(temporary, validation, f"val{Path(validation.stored_as).suffix}")
-        os.rename(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            os.rename(temporary, target)
+        except OSError as e:
+            if e.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise  # else another job was quicker to make the same
     sync_folder(workspace.data)
     return name
 
@@ -296,9 +291,20 @@ def datasets_of(workspace: Workspace, file: UserFile) -> list[str]:
         return []
 
 
+def _remove(folder: Path) -> bool:
+    """Remove a folder; say whether it was there, and not somebody quicker."""
+    gone = temporary_beside(folder)
+    try:
+        os.rename(folder, gone)
+    except FileNotFoundError:
+        return False
+    shutil.rmtree(gone)
+    return True
+
+
 def delete(workspace: Workspace, file: UserFile) -> None:
-    """Remove a file and the datasets that were made of it."""
-    for path in (*(workspace.data / name for name in datasets_of(workspace, file)), file.folder):
-        gone = temporary_beside(path)
-        os.rename(path, gone)
-        shutil.rmtree(gone)
+    """Remove a file and the datasets that were made of it. Raises NotFound for one that has gone meanwhile."""
+    for name in datasets_of(workspace, file):
+        _remove(workspace.data / name)
+    if not _remove(file.folder):
+        raise NotFound(f"there is no file {quoted(file.id)}")

@@ -19,13 +19,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from storage import documents, token_files
+from storage import documents, token_files, uploads
 from storage.datasets import Dataset, dataset, datasets
 from storage.documents import pieces, scan, sources
 from storage.errors import BadName, Exists, NoSpace, NotFound, NotLoadable, TooLarge
 from storage.runs import Workspace
 from storage.tokenizer import char_tokenizer, train_bpe
 from storage.tokenizer_choice import check_spec, tokenizer_for
+from storage.trash import move_to_trash
 from storage.uploads import delete, upload
 
 SENTENCES = "The quick brown fox jumps over the lazy dog, again and again.\nTo be or not to be — that's it!\n\n"
@@ -931,6 +932,19 @@ def test_a_deleted_dataset_is_in_the_trash_and_no_longer_listed(workspace):
     (kept,) = (workspace.data / ".trash").iterdir()
     assert (kept / "text.txt").exists()
     with pytest.raises(NotFound):
+        delete(workspace, "mine")
+
+
+def test_of_two_deletions_at_once_the_slower_one_finds_nothing(workspace, monkeypatch):
+    make(workspace, "mine", text_txt=TEXT)
+
+    def beaten(folder):
+        monkeypatch.undo()
+        delete(workspace, "mine")
+        return move_to_trash(folder)
+
+    monkeypatch.setattr(uploads, "move_to_trash", beaten)
+    with pytest.raises(NotFound, match="the dataset mine has just been deleted"):
         delete(workspace, "mine")
 
 

@@ -1,15 +1,18 @@
 """/v1/files: uploads, their check, pages, content and deletion."""
 
+import errno
 import fcntl
 import gzip
 import io
 import tarfile
 import threading
+from pathlib import Path
 
 import pytest
 from fakes import FakeServer
 
 from storage import user_files
+from storage.errors import NotFound
 
 GOOD = b'{"prompt": "a", "completion": "b"}\n\n{"prompt": "", "completion": "c"}\n{"prompt": "d", "completion": ""}\n'
 
@@ -243,6 +246,36 @@ def test_many_uploads_at_once_get_ids_of_their_own(server):
     for thread in threads:
         thread.join()
     assert len(set(ids(server.get("/v1/files")))) == 8
+
+
+def test_of_several_requests_that_make_a_dataset_of_one_file_all_get_it(server, monkeypatch):
+    file = user_files.user_file(server.workspace, upload(server)["id"])
+    copy = user_files._copy_into
+
+    def slowly(folder, file, name):
+        monkeypatch.setattr(user_files, "_copy_into", copy)
+        copy(folder, file, name)
+        assert user_files.as_dataset(server.workspace, file) == file.id  # meanwhile, for another request
+
+    monkeypatch.setattr(user_files, "_copy_into", slowly)
+    assert user_files.as_dataset(server.workspace, file) == file.id
+    assert [path.name for path in server.workspace.data.iterdir()] == [file.id]
+
+
+def test_of_several_requests_that_delete_a_file_one_does(server):
+    file = user_files.user_file(server.workspace, upload(server)["id"])
+    user_files.delete(server.workspace, file)
+    with pytest.raises(NotFound, match=file.id):
+        user_files.delete(server.workspace, file)
+
+
+def test_an_upload_to_a_disk_that_cannot_be_written_is_refused(server, monkeypatch):
+    def refuse(path, *args, **kwargs):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    reply = send(server)
+    assert reply.status_code == 400 and "the disk is read-only" in reply.json["error"]["message"]
 
 
 def test_the_validation_file_is_what_a_dataset_validates_on(server):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import pytest
 from fakes import FakeServer, byte_tokenizer
@@ -10,11 +11,13 @@ from storage.files import write_json
 from storage.inspection import Inspection
 from training import fine_tuning_plan, metrics
 from training.presets import PRESETS
+from web import fine_tuning_routes
 
 JOBS = "/v1/fine_tuning/jobs"
 LINES = b"".join(
     b'{"prompt": "What is %d?", "completion": " It is a number, and a fine one."}\n' % i for i in range(200)
 )
+WANDB = {"type": "wandb", "wandb": {"project": "mine"}}
 TRAIN = {"dataset": "shakesphere", "output_dir": "out/by_hand", "model_type": "gpt2", "max_iters": 20}
 
 
@@ -156,10 +159,33 @@ def test_a_validation_file_goes_into_the_dataset(server, file_id):
     assert sorted(path.name for path in (server.workspace.data / dataset).iterdir()) == ["documents.jsonl", "val.jsonl"]
 
 
+def test_any_text_may_be_the_suffix_and_the_models_name_takes_what_it_can(server, file_id):
+    job = create(server, file_id, suffix="my model: é/1")
+    finish(server, job)
+    name = server.get(f"{JOBS}/{job['id']}").json["fine_tuned_model"]
+    assert name == f"ft:nano:local:my-model----1:{job['id'].removeprefix('ftjob-')}"
+
+
+def test_an_integration_with_weights_and_biases_is_a_run_with_wandb(server, file_id):
+    job = create(server, file_id, integrations=[WANDB])
+    (native,) = server.get("/api/jobs").json["jobs"]
+    assert (native["config"]["wandb"], native["config"]["wandb_project"]) == (True, "mine")
+    assert job["integrations"] == [WANDB]
+    assert create(server, file_id, integrations=[])["integrations"] == []
+
+
+def test_a_job_that_is_deleted_while_it_is_cancelled_leaves_no_folder(server, file_id, monkeypatch):
+    job = create(server, file_id)
+    run = run_of(server, job)
+    monkeypatch.setattr(fine_tuning_routes, "_require", lambda *_: shutil.rmtree(run.folder))
+    assert server.client.post(f"{JOBS}/{job['id']}/cancel").status_code == 404
+    assert not run.folder.exists()
+
+
 def test_unknown_parameters_are_ignored_and_named(server, file_id):
-    body = {"model": "nano", "training_file": file_id, "integrations": None, "foo": 1, "output_dir": "out/evil"}
+    body = {"model": "nano", "training_file": file_id, "user": None, "foo": 1, "output_dir": "out/evil"}
     reply = server.post(JOBS, body | {"max_iters": 5})
-    assert reply.status_code == 200 and reply.headers["X-Ignored-Params"] == "foo, integrations, output_dir"
+    assert reply.status_code == 200 and reply.headers["X-Ignored-Params"] == "foo, output_dir, user"
     assert not (server.workspace.out / "evil").exists()
 
 
@@ -177,7 +203,8 @@ def test_unknown_parameters_are_ignored_and_named(server, file_id):
         ({"training_file": "../../etc/passwd"}, 404, "there is no file"),
         ({"training_file": "file-nope"}, 404, "there is no file"),
         ({"validation_file": "file-nope"}, 404, "there is no file"),
-        ({"suffix": "a b"}, 400, "suffix is"),
+        ({"suffix": ""}, 400, "suffix is ''; it must be a text that is not empty"),
+        ({"suffix": 5}, 400, "suffix is 5"),
         ({"suffix": "x" * 65}, 400, "suffix is"),
         ({"seed": -1}, 400, "seed is -1"),
         ({"seed": 2**31}, 400, "seed is"),
@@ -190,6 +217,11 @@ def test_unknown_parameters_are_ignored_and_named(server, file_id):
         ({"method": {"type": "dpo"}}, 400, "method.type is 'dpo'"),
         ({"method": []}, 400, "method is"),
         ({"metadata": {"a": "b" * 513}}, 400, "metadata"),
+        ({"integrations": "wandb"}, 400, "integrations is 'wandb'; it must be a list"),
+        ({"integrations": [{"type": "mlflow"}]}, 400, "integrations[0].type is 'mlflow'; it must be one of wandb"),
+        ({"integrations": [{"type": "wandb"}]}, 400, "integrations[0].wandb is required"),
+        ({"integrations": [{"type": "wandb", "wandb": {}}]}, 400, "integrations[0].wandb.project is required"),
+        ({"integrations": [WANDB] * 2}, 400, "integrations is a list; it must be at most 1 items long"),
         ({"from_scratch": 3}, 400, "from_scratch is 3"),
         ({"model": "distilgpt2", "from_scratch": True}, 400, "from_scratch needs a preset"),
         ({"max_iters": -1}, 400, "max_iters is -1"),

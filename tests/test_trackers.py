@@ -105,11 +105,16 @@ def test_a_run_that_starts_anew_drops_what_an_earlier_start_left(run):
 
 
 def test_wandb_gets_rows_and_samples_and_the_same_id_after_a_resume(run, wandb):
-    (tracker,) = trackers.trackers(run, config(wandb=True))
+    (tracker,) = trackers.trackers(run, config(wandb=True, wandb_project="mine"))
     tracker.row({"iter_num": 3, "loss": 1.5, "val_loss": None, "time": 7.0})
     tracker.sample(3, "hello")
     begun, defined, row, sample = wandb.calls
-    assert begun["name"] == "my_run" and begun["config"]["max_iters"] == 9 and begun["dir"] == str(run.folder)
+    assert (
+        begun["name"] == "my_run"
+        and begun["project"] == "mine"
+        and begun["config"]["max_iters"] == 9
+        and begun["dir"] == str(run.folder)
+    )
     assert defined == ("*", "iter_num") and row == {"iter_num": 3, "loss": 1.5}
     assert sample == {"iter_num": 3, "sample": "hello"}
     trackers.trackers(run, config(wandb=True, init_from="resume"))

@@ -100,6 +100,7 @@ class TrainConfig(StrictModel):
     log_interval: int = option("reports", "iterations between rows of metrics", 10, ge=1, le=1_000_000_000)
     tensorboard: bool = option("reports", "write TensorBoard's event files, too, for tensorboard --logdir out", False)
     wandb: bool = option("reports", "send rows and samples to Weights & Biases, whose package must be installed", False)
+    wandb_project: str | None = option("reports", "its project there; default: WANDB_PROJECT", max_length=128)
     sample_prompt: str | None = option("reports", "prompt of the samples; default: val's first tokens", max_length=4096)
     sample_tokens: int | None = option("reports", "tokens of the sample at each evaluation; 0 for none", ge=0, le=4096)
 

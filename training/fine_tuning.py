@@ -25,7 +25,12 @@ ID = re.compile(r"ftjob-[0-9a-f]{24}")
 MODEL_NAME = re.compile(r"ft:[^:/]*:[^:/]*:[^:/]*:([0-9a-f]{24})(?::ckpt-step-([0-9]{1,10}))?")
 STATUS = {"queued": "queued", "running": "running", "succeeded": "succeeded", "stopped": "cancelled"}
 KEPT: dict[str, type] = dict.fromkeys(("model", "training_file", "validation_file", "suffix"), str)
-KEPT |= {"hyperparameters": dict, "metadata": dict, "paused": float}  # what openai.json may hold, and of which type
+KEPT |= {
+    "hyperparameters": dict,
+    "metadata": dict,
+    "integrations": list,
+    "paused": float,
+}  # what openai.json may hold, and of which type
 UNFINISHED = ("queued", "running", "paused")
 Described = Mapping[str, Any]  # what Job.describe() returns
 
@@ -67,7 +72,7 @@ def _base(model: str) -> str:
 def model_name(described: Described, run: Run) -> str:
     """Return the name under which a job's result is served: ft:<base>:<organization>:<suffix>:<digits of the id>."""
     kept = record(run)
-    suffix = kept.get("suffix") or ("" if ID.fullmatch(run.name) else run.name)
+    suffix = _plain(kept.get("suffix", "")) or ("" if ID.fullmatch(run.name) else run.name)
     base = _base(_model(described, kept))
     return f"ft:{base}:{ORGANIZATION}:{suffix}:{job_id(run.name).removeprefix('ftjob-')}"
 
@@ -101,8 +106,7 @@ def record(run: Run) -> dict[str, Any]:
 
 
 def keep(run: Run, values: Mapping[str, Any]) -> None:
-    """Change openai.json: its other values stay."""
-    run.folder.mkdir(parents=True, exist_ok=True)
+    """Change openai.json in a run's folder, which is there: its other values stay."""
     write_json(run.folder / "openai.json", record(run) | dict(values))
 
 
@@ -173,7 +177,7 @@ def describe(described: Described, run: Run) -> dict[str, Any]:
         "training_file": str(kept.get("training_file") or config.get("dataset") or ""),
         "validation_file": kept.get("validation_file"),
         "seed": _number(config, "seed"),
-        "integrations": [],
+        "integrations": kept.get("integrations") or [],
         "metadata": kept.get("metadata") or {},
         "name": run.name,
         "output_dir": run.relative,

@@ -93,6 +93,11 @@ def _rule(detail: ErrorDetails, model: type[BaseModel] | None) -> str:
         return "one of " + str(context["expected"]).replace("'", "").replace(" or ", ", ")
     if kind == "string_too_long":
         return f"at most {context['max_length']} characters long"
+    if kind == "string_too_short":
+        least = context["min_length"]
+        return "a text that is not empty" if least == 1 else f"at least {least} characters long"
+    if kind == "too_long":
+        return f"at most {context['max_length']} items long"
     crossed = [phrase.format(_number(context[key])) for key, phrase in BOUNDS if key in context]
     whole = _range(detail["loc"], model)
     return whole or (crossed[0] if crossed else _plain(detail["msg"]))

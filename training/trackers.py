@@ -51,7 +51,13 @@ class WeightsAndBiases:
         wandb = importlib.import_module("wandb")
         quiet = wandb.Settings(console="off", silent=True)  # train.log has all that a run prints
         self._run = wandb.init(
-            id=run_id, name=run.name, dir=str(run.folder), config=config.given(), resume="allow", settings=quiet
+            id=run_id,
+            name=run.name,
+            project=config.wandb_project,
+            dir=str(run.folder),
+            config=config.given(),
+            resume="allow",
+            settings=quiet,
         )
         self._run.define_metric("*", step_metric="iter_num")
 

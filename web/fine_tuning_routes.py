@@ -17,6 +17,7 @@ from pydantic import BaseModel
 
 from storage import datasets, user_files
 from storage.errors import NotFound, Unreachable
+from storage.files import disk_errors_explained
 from storage.runs import Run
 from storage.user_files import UserFile
 from training import fine_tuning
@@ -83,7 +84,7 @@ def _base(ctx: Context, body: FineTuningBody) -> dict[str, str]:
 
 def _begin(ctx: Context, body: FineTuningBody, name: str) -> Any:
     """Create the job; if it cannot be, nothing is left of its folder."""
-    fields = FineTuningBody.extras(request.get_json()) | _base(ctx, body)
+    fields = FineTuningBody.extras(request.get_json()) | _base(ctx, body) | body.tracked()
     fields |= {"output_dir": f"out/{name}"} | ({} if body.seed is None else {"seed": body.seed})
     dataset = datasets.dataset(ctx.workspace, _dataset(ctx, body))
     try:
@@ -92,8 +93,10 @@ def _begin(ctx: Context, body: FineTuningBody, name: str) -> Any:
         raise _no_model(error) from None
     run = ctx.workspace.run(name)
     kept = {"training_file": body.training_file or dataset.name, "hyperparameters": hyperparameters}
-    kept |= body.model_dump(include={"model", "validation_file", "suffix", "metadata"})
+    kept |= body.model_dump(include={"model", "validation_file", "suffix", "metadata", "integrations"})
     try:
+        with disk_errors_explained(run.relative):
+            run.folder.mkdir(parents=True)
         fine_tuning.keep(run, kept)
         return ctx.jobs.create(config)
     except BaseException:
@@ -188,7 +191,10 @@ def _stop(wanted: str, states: tuple[str, ...], what: str) -> dict[str, Any]:
     ctx = context()
     described, run = _find(ctx, wanted)
     _require(wanted, described, run, states, what)
-    fine_tuning.keep(run, {"paused": described["created"] if what == "paused" else None})
+    try:
+        fine_tuning.keep(run, {"paused": described["created"] if what == "paused" else None})
+    except FileNotFoundError:  # deleted by another request
+        raise NotFound(f"there is no fine-tuning job {wanted}") from None
     if described["state"] in ("queued", "running"):
         ctx.jobs.stop(run.name)
         _wait_for_end(ctx.jobs, run.name)

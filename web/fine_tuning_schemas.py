@@ -4,9 +4,8 @@ Besides OpenAI's fields a body may have those of /api/train (`EXTRAS`), `dataset
 nothing here is ignored and named; a method that is not supervised is refused, because it would train otherwise.
 """
 
-import re
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, WithJsonSchema, field_validator, model_validator
 
@@ -18,7 +17,6 @@ from web.schemas import Reply
 
 MAX_EPOCHS, MAX_BATCH, MAX_MULTIPLIER = 50, 256, 1000
 MAX_METADATA, MAX_KEY, MAX_VALUE = 16, 64, 512
-SUFFIX = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 def _auto_or(kind: str, most: float) -> Any:
@@ -70,6 +68,19 @@ class MethodBody(OpenAIBody):
         return value
 
 
+class WandbBody(OpenAIBody):
+    """Where Weights & Biases shows a job."""
+
+    project: str = Field(max_length=128, description="name of the project there")
+
+
+class IntegrationBody(OpenAIBody):
+    """Who else is told of a job's metrics."""
+
+    type: Literal["wandb"] = Field(description="Weights & Biases, whose package must be installed")
+    wandb: WandbBody
+
+
 class FineTuningBody(OpenAIBody):
     """A fine-tuning job, or a training from scratch; fields of /api/train are taken, too."""
 
@@ -78,22 +89,21 @@ class FineTuningBody(OpenAIBody):
     )
     training_file: str | None = Field(None, max_length=200, description="id of a processed file")
     validation_file: str | None = Field(None, max_length=200, description="id of a processed file to validate on")
-    suffix: str | None = Field(None, description="a part of the new model's name: letters, digits, '.', '_', '-'")
+    suffix: str | None = Field(
+        None,
+        min_length=1,
+        max_length=64,
+        description="a part of the new model's name, in which '-' stands for all but letters, digits, '.', '_', '-'",
+    )
     seed: int | None = Field(None, ge=0, lt=2**31, description="seed of weights, data order and samples")
     method: MethodBody = MethodBody.model_validate({})
     hyperparameters: HyperparametersBody = Field(HyperparametersBody(), description="the older form of method's")
     metadata: dict[str, str] = Field({}, description="up to 16 texts to keep with the job")
+    integrations: list[IntegrationBody] = Field([], max_length=1, description="who else is told of its metrics")
     dataset: str | None = Field(None, max_length=64, description="a dataset's name, instead of training_file")
     from_scratch: Annotated[Any, WithJsonSchema({"anyOf": [{"type": "boolean"}, {"type": "string"}]})] = Field(
         False, description="begin with new weights: true with a preset as model, or the preset's name"
     )
-
-    @field_validator("suffix")
-    @classmethod
-    def _suffix_is_plain(cls, value: str) -> str:
-        if not SUFFIX.fullmatch(value):
-            raise ValueError(f"suffix is {shown(value)}; it must be 1 to 64 letters, digits, '.', '_' or '-'")
-        return value
 
     @field_validator("metadata")
     @classmethod
@@ -123,6 +133,10 @@ class FineTuningBody(OpenAIBody):
     def extras(cls, value: Mapping[str, Any]) -> dict[str, Any]:
         """Return the fields of a body that are TrainConfig's."""
         return {name: given for name, given in value.items() if name in EXTRAS and given is not None}
+
+    def tracked(self) -> dict[str, Any]:
+        """Return the fields of TrainConfig that the integrations mean."""
+        return {"wandb": True, "wandb_project": self.integrations[0].wandb.project} if self.integrations else {}
 
     @classmethod
     def ignored(cls, value: Mapping[str, Any]) -> list[str]:
