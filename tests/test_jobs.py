@@ -13,7 +13,7 @@ import pytest
 
 from storage.checkpoint_files import sha256_of
 from storage.errors import BadName, NoSpace, NotFound, NotWritable, StorageError
-from storage.files import write_json
+from storage.files import temporary_beside, write_json
 from storage.runs import Workspace
 from training import disk_space, metrics
 from training import log as job_log
@@ -543,6 +543,13 @@ def test_a_trainer_whose_start_was_never_recorded_is_adopted_and_not_started_twi
 
 
 @pytest.mark.fault("F19", "a second manager of one out/")
+def test_what_a_killed_server_was_about_to_write_in_out_goes_with_the_next_start(place):
+    half = temporary_beside(place.workspace.out / ".server.json")
+    half.write_text('{"mod')
+    place.manager()
+    assert not half.exists()
+
+
 def test_a_second_server_on_the_same_out_is_refused_by_name(place):
     place.manager()
     with pytest.raises(OutInUse, match=rf"out/.lock is held by another server, process {os.getpid()}"):

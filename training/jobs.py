@@ -62,10 +62,10 @@ class JobManager:
         self._out = OutLock(workspace.out)
         for folder in (workspace.out, workspace.data):
             empty_trash(folder)
-        self._lock = threading.RLock()
+        sweep_temporary(workspace.out)  # what a server that was killed was about to note there
+        self._lock, self._closed = threading.RLock(), False
         self._queue = JobQueue()
         self._deadlines: dict[str, float] = {}  # by the monotonic clock, of jobs that were asked to end
-        self._closed = False
         with self._lock:
             for run in workspace.runs():
                 status = Status.read(run)
