@@ -191,7 +191,8 @@ def build(settings: Settings, workspace: Workspace) -> tuple[Flask, ServerProces
         memory=half_of_memory(settings.device) if memory is None else memory,
     )
     allow = partial(check_allowed, settings)
-    backend = LocalBackend(workspace, priority=settings.training_priority, at_once=settings.max_jobs)
+    priority, most = settings.training_priority, settings.training_memory_bytes
+    backend = LocalBackend(workspace, priority=priority, at_once=settings.max_jobs, memory=most)
     jobs = JobManager(workspace, backend, max_jobs=settings.max_jobs, allow=allow)
     app = create_app(settings, engine, jobs, workspace)
     return app, ServerProcess(app.extensions[EXTENSION])

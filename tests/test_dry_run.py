@@ -176,6 +176,16 @@ def test_a_trial_that_fails_says_why(workspace, tmp_path, code, words):
         try_out(workspace, resolve(TrainConfig.parse(TINY)), 0.5 if "sleep" in code else 30, script)
 
 
+def test_a_trial_takes_no_more_memory_than_it_may(workspace, tmp_path):
+    script = tmp_path / "trial.py"
+    script.write_text(
+        "import json, resource, time; time.sleep(0.2)\n"
+        "print(json.dumps({'bounds': resource.getrlimit(resource.RLIMIT_DATA)}))"
+    )
+    found = try_out(workspace, resolve(TrainConfig.parse(TINY)), 30, script, memory=2**30)
+    assert found == {"bounds": [2**30, 2**30]}
+
+
 def test_a_trial_answers_with_its_last_line_and_gets_the_config(workspace, tmp_path):
     script = tmp_path / "trial.py"
     script.write_text("import json, sys; print('...'); print(json.dumps(json.load(open(sys.argv[2]))))")
@@ -192,7 +202,7 @@ def server(workspace):
 
 
 def test_a_dry_run_over_http_starts_nothing(server, monkeypatch):
-    monkeypatch.setattr("web.job_routes.try_out", lambda workspace, config: {"epochs": 2.0, "warnings": []})
+    monkeypatch.setattr("web.job_routes.try_out", lambda *_, **__: {"epochs": 2.0, "warnings": []})
     reply = server.post("/api/train", TINY | {"dry_run": True}).json
     assert reply["dry_run"] == {"epochs": 2.0, "warnings": []} and reply["config"]["max_iters"] == 5000
     assert server.get("/api/jobs").json == {"jobs": []} and not server.workspace.run("a").folder.exists()
@@ -205,12 +215,12 @@ def test_a_dry_run_over_http_starts_nothing(server, monkeypatch):
     [({"dataset": "nobody"}, 404), ({"dry_run": "yes"}, 400), ({"n_head": 3}, 400), ({"output_dir": "/tmp/x"}, 400)],
 )
 def test_a_wrong_dry_run_is_refused_before_a_process_starts(server, monkeypatch, wrong, status):
-    monkeypatch.setattr("web.job_routes.try_out", lambda *given: pytest.fail("it was started"))
+    monkeypatch.setattr("web.job_routes.try_out", lambda *_, **__: pytest.fail("it was started"))
     assert server.post("/api/train", TINY | {"dry_run": True} | wrong).status_code == status
 
 
 def test_a_dry_run_that_fails_is_422_and_one_goes_on_at_a_time(server, monkeypatch):
-    def nested(workspace, config):
+    def nested(workspace, config, memory):
         assert server.post("/api/train", TINY | {"dry_run": True}).status_code == 409
         raise DryRunFailed("too little text")
 

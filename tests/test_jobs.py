@@ -342,6 +342,19 @@ def test_a_trainer_that_dies_fails_with_its_code_and_last_words(place):
     assert "killed by SIGKILL, perhaps because memory ran out" in wait_for(manager, "b", "failed")["error"]
 
 
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [(127, "cannot allocate memory for thread-local data: ABORT"), (-6, "terminate called: std::bad_alloc")],
+)
+def test_a_trainer_that_a_library_ended_for_memory_failed_out_of_memory(place, code, words):
+    manager = place.manager()
+    manager.create(config())
+    place.workspace.run("a").log.write_text(words + "\n")
+    place.backend.end("a", code=code)
+    failed = wait_for(manager, "a", "failed")["error"]
+    assert failed.startswith("out of memory; lower batch_size") and failed.endswith(words)
+
+
 def test_a_trainer_that_the_system_ended_for_memory_failed_out_of_memory(place, monkeypatch):
     kills = iter([3, 4])
     monkeypatch.setattr("training.jobs.memory_kills", lambda: next(kills))

@@ -1,6 +1,7 @@
 """Trainers as processes of this machine: a session of their own, no keys, no strangers hit, no zombies left."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -10,16 +11,18 @@ from pathlib import Path
 import pytest
 
 from storage.runs import Run, Workspace
-from training.local_backend import LocalBackend, environment
+from training.hardware import machine_memory
+from training.local_backend import LocalBackend, environment, fail_first_without_memory
 from training.process import ProcessIdentity, boot_id, identify, is_alive, session, signal_session
 
 TRAINER = """
-import os, signal, sys, time
+import os, resource, signal, sys, time
 print("argv", sys.argv[1:], flush=True)
 print("env", sorted(os.environ), flush=True)
 time.sleep(0.2)  # its priority is set right after it was started
 print("session", os.getsid(0) == os.getpid(), "nice", os.nice(0), "policy", os.sched_getscheduler(0), flush=True)
 print("oom", open("/proc/self/oom_score_adj").read(), "threads", os.environ.get("OMP_NUM_THREADS"), flush=True)
+print("memory", *resource.getrlimit(resource.RLIMIT_DATA), flush=True)
 if os.path.exists("/proc/self/autogroup"): print(open("/proc/self/autogroup").read().strip(), "group", flush=True)
 {body}
 """
@@ -76,6 +79,33 @@ def test_a_trainer_that_need_not_yield_has_the_priority_of_the_server_but_ends_f
     ended(trainers, trainers.start(run, resume=False, downloads=False))
     assert f"nice {os.nice(0)} policy {os.sched_getscheduler(0)}" in run.log.read_text()
     assert "oom 500" in run.log.read_text()
+
+
+def memory_of_a_trainer(run: Run, memory: int | None) -> list[int]:
+    """Start a trainer with a bound of memory; return the bounds that it has."""
+    trainers = LocalBackend(Workspace(run.folder.parent.parent), script=script(run, ""), memory=memory)
+    ended(trainers, trainers.start(run, resume=False, downloads=False))
+    said = [line for line in run.log.read_text().splitlines() if line.startswith("memory")]
+    return [int(word) for word in said[-1].split()[1:]]
+
+
+def test_a_trainer_takes_no_more_memory_than_it_may_or_than_the_machine_has(run, monkeypatch):
+    assert memory_of_a_trainer(run, 2**30) == [2**30, 2**30]
+    monkeypatch.setattr("training.local_backend.gpus", lambda: 0)
+    assert memory_of_a_trainer(run, None) == [machine_memory()] * 2
+
+
+def test_the_default_bounds_no_trainer_that_may_have_a_gpu(run, monkeypatch):
+    monkeypatch.setattr("training.local_backend.gpus", lambda: 1)
+    assert memory_of_a_trainer(run, None) == list(resource.getrlimit(resource.RLIMIT_DATA))
+    assert memory_of_a_trainer(run, 2**30) == [2**30, 2**30]
+
+
+def test_a_bound_of_memory_lowers_a_lower_one_of_the_server_no_further_and_never_lifts_it(run):
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        resource.prlimit(child.pid, resource.RLIMIT_DATA, (2**30, 2**31))
+        fail_first_without_memory(child.pid, 2**40)
+        assert resource.prlimit(child.pid, resource.RLIMIT_DATA) == (2**30, 2**30)
 
 
 def test_trainers_that_run_at_once_share_the_cores_out(run, monkeypatch):

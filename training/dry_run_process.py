@@ -13,7 +13,7 @@ from storage import registry
 from storage.files import write_json
 from storage.runs import Workspace
 from training.config import TrainConfig
-from training.local_backend import PROJECT, end_first_without_memory, environment, yield_to_the_server
+from training.local_backend import PROJECT, environment, fail_first_without_memory, yield_to_the_server
 
 SECONDS = 600.0  # fetching and tokenizing a small dataset included
 SCRIPT = PROJECT / "dry_run.py"
@@ -38,9 +38,16 @@ def _ending(code: int) -> str:
 
 
 def try_out(
-    workspace: Workspace, config: TrainConfig, seconds: float = SECONDS, script: Path = SCRIPT
+    workspace: Workspace,
+    config: TrainConfig,
+    seconds: float = SECONDS,
+    script: Path = SCRIPT,
+    memory: int | None = None,
 ) -> dict[str, Any]:
-    """Return what dry_run.py finds out about a resolved config's training. Raises DryRunFailed."""
+    """Return what dry_run.py finds out about a resolved config's training, in as many bytes of memory as a job has.
+
+    Raises DryRunFailed.
+    """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "train_config.json"
         write_json(file, config.given())
@@ -51,7 +58,7 @@ def try_out(
         env = _environment(config, workspace) | {"TMPDIR": folder}  # what a killed trial leaves goes with ours
         apart = {"start_new_session": True}  # else the server would be slowed down with it
         with subprocess.Popen(argv, cwd=PROJECT, env=env, **streams, **apart) as child:  # type: ignore[call-overload]
-            end_first_without_memory(child.pid)
+            fail_first_without_memory(child.pid, memory)
             yield_to_the_server(child.pid)
             try:
                 printed = child.communicate(timeout=seconds)[0]

@@ -5,9 +5,10 @@ import signal
 from storage.runs import Run
 from training import log as job_log
 from training.job import ENDED, Status, read_object
-from training.outcome import OUT_OF_MEMORY
+from training.outcome import NO_MEMORY, OUT_OF_MEMORY
 
 Ending = tuple[str, str | None, int | None]  # state, error, exit code
+ADVICE = "lower batch_size or window, or choose a smaller model"
 
 
 def _killed_by(number: int, memory_ran_out: bool, last: str) -> str:
@@ -18,7 +19,7 @@ def _killed_by(number: int, memory_ran_out: bool, last: str) -> str:
     if number != signal.SIGKILL:
         return f"killed by {name}{last}"
     if memory_ran_out:
-        return f"{OUT_OF_MEMORY}: the system ended it; lower batch_size or window, or choose a smaller model{last}"
+        return f"{OUT_OF_MEMORY}: the system ended it; {ADVICE}{last}"
     return f"killed by {name}, perhaps because memory ran out{last}"
 
 
@@ -39,6 +40,8 @@ def how_it_ended(run: Run, status: Status, code: int | None, grace: float, memor
     last = f"; its last words: {last}" if last else ""
     if code is None:
         return "lost", f"it ended without saying how: killed, or while no server looked{last}", None
+    if any(words.lower() in last.lower() for words in NO_MEMORY):  # a library ended it
+        return "failed", f"{OUT_OF_MEMORY}; {ADVICE}{last}", code
     if code < 0:
         return "failed", _killed_by(-code, memory_ran_out, last), code
     return "failed", f"exit code {code}{last}", code

@@ -10,6 +10,7 @@ from pathlib import Path
 from training.strict_model import ConfigError
 
 GPUS = Path("/proc/driver/nvidia/gpus")  # a folder for each, from the driver
+CONTAINER_MEMORY = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 # Dense bf16 operations per second, from the makers' data sheets.
 BF16_PEAK = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
@@ -41,6 +42,15 @@ def process_memory() -> int:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def machine_memory() -> int:
+    """Return the bytes of memory of this machine, or of the container around us if it may have less."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for file in CONTAINER_MEMORY:
+        with contextlib.suppress(OSError, ValueError):  # "max" is none
+            limits.append(int(Path(file).read_text()))
+    return min(limits)
 
 
 def available_memory() -> int | None:

@@ -1,12 +1,13 @@
 """LocalBackend: trainers as processes of this machine, each in a session of its own.
 
 A trainer writes to train.log, never to a pipe, so nothing breaks when the server goes away. Its environment
-is made from a list of allowed names: no keys of the server reach it. It yields to the
-server, and is the first that the system ends when memory runs out.
+is made from a list of allowed names: no keys of the server reach it. It yields to the server, fails by itself
+when it takes more memory than it may, and is the first that the system ends when memory runs out all the same.
 """
 
 import contextlib
 import os
+import resource
 import select
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from storage.runs import Run, Workspace
+from training.hardware import gpus, machine_memory
 from training.job import read_object
 from training.process import ProcessIdentity, identify, is_alive, opened, session, signal_session
 
@@ -64,8 +66,21 @@ def hurry(pid: int) -> None:
             os.setpriority(os.PRIO_PROCESS, int(thread), 0)
 
 
-def end_first_without_memory(pid: int) -> None:
-    """Make a process the first that the system ends when memory runs out."""
+def fail_first_without_memory(pid: int, most: int | None = None) -> None:
+    """Let a process, and each that it starts, take at most so many bytes, and be ended first when memory runs out.
+
+    Counted is what it can write and nobody shares (RLIMIT_DATA): not the files it maps, nor the addresses, often
+    more than the machine has memory, that CUDA and allocators only reserve, which RLIMIT_AS would count. With None
+    it is the machine's memory, beyond which there is no more, and no bound where there are GPUs, whose driver may
+    map what is not this machine's memory.
+    """
+    if most is None and gpus() == 0:
+        most = machine_memory()
+    with contextlib.suppress(OSError):
+        bounds = [most, *resource.prlimit(pid, resource.RLIMIT_DATA)]  # those of the server may be lower
+        lowest = min((bound for bound in bounds if bound not in (None, resource.RLIM_INFINITY)), default=None)
+        if lowest is not None:
+            resource.prlimit(pid, resource.RLIMIT_DATA, (lowest, lowest))
     with contextlib.suppress(OSError):
         Path(f"/proc/{pid}/oom_score_adj").write_text(str(OOM_SCORE))
 
@@ -80,8 +95,13 @@ class LocalBackend:
         script: Path = PROJECT / "train.py",
         priority: str = "low",
         at_once: int = 1,
+        memory: int | None = None,
     ):
-        """Start trainers with `python`; their `priority` is low, idle or normal, and `at_once` share the cores out."""
+        """Start trainers with `python`; their `priority` is low, idle or normal, and `at_once` share the cores out.
+
+        Each process takes at most `memory` bytes, see fail_first_without_memory.
+        """
+        self._memory = memory
         self._workspace, self._program, self._priority = workspace, [python, str(script)], priority
         cores = len(os.sched_getaffinity(0))
         self._budget = {} if at_once == 1 else {"OMP_NUM_THREADS": str(max(1, cores // at_once))}
@@ -108,7 +128,7 @@ class LocalBackend:
                 stderr=log,
                 start_new_session=True,
             )
-        end_first_without_memory(child.pid)
+        fail_first_without_memory(child.pid, self._memory)
         if self._priority != "normal":
             yield_to_the_server(child.pid, self._priority)
         identity = identify(child.pid)

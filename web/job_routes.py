@@ -75,7 +75,7 @@ def _dry_run(ctx: Context, asked: TrainConfig) -> dict[str, Any]:
     if not ctx.trying.acquire(blocking=False):
         raise JobBusy("another dry run is going on; try again in a moment")
     try:
-        found = try_out(ctx.workspace, config)
+        found = try_out(ctx.workspace, config, memory=ctx.settings.training_memory_bytes)
     except DryRunFailed as error:
         raise Refused(422, str(error)) from None
     finally:

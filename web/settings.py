@@ -89,6 +89,12 @@ class Settings:
         "CPU time of jobs where the server wants it, too: a tenth, next to none, or a fair share",
         choices=("low", "idle", "normal"),
     )
+    training_memory_bytes: int | None = setting(
+        None,
+        "most bytes of memory that a process of a training job takes before it fails; default: the machine's",
+        512 * MIB,
+        2**50,
+    )
     max_body_bytes: int = setting(8 * MIB, "largest JSON body", 1024, 2**40)
     max_upload_bytes: int = setting(1024 * MIB, "largest dataset upload", 1024, 2**50)
 
