@@ -24,7 +24,7 @@ from inference.runner import Knobs, check_copy, check_slot
 from inference.speculation import ROWS
 from model import GPTConfig
 
-VERSION = 6  # as in step.cpp
+VERSION = 7  # as in step.cpp
 GREATEST_WIDTH = 16384  # beyond it int8 sums could leave 32 bits
 
 _P, _L = ctypes.c_void_p, ctypes.c_long

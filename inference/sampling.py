@@ -3,7 +3,8 @@
 For a row, in this order: logit_bias, repetition, presence and frequency penalties, no end before
 min_tokens, temperature, top_k, top_p, min_p, then the inverse of the cumulative distribution at one
 number from the sequence's own generator. Whatever else is in the batch, a row's choice is the same.
-Tokens that tie with the k-th stay, as in `GPT.generate`; elsewhere equals are ordered by id.
+Tokens that tie with the k-th stay, as in `GPT.generate`; elsewhere equals are ordered by id. The distribution
+is laid out by falling probability where there is top_k, else by id.
 
 A row has 50 000 logits, so passes over it are what costs. One pass takes the greatest logit of each
 group of 64 neighbours; whatever needs the largest logits then looks into few groups. Where a runner draws
@@ -35,7 +36,7 @@ def sample(
 
     Log-probabilities are those of the raw logits, before penalties and temperature. `greatest` says where each row's
     greatest logit is, if a runner knows; at V or above it is no token. Plain greedy rows then need no pass, nor do
-    top_k rows if there is `draw`, by which a runner draws them.
+    others that nothing changes if there is `draw`, by which a runner draws them.
     """
     tokens: list[Token | None] = [None] * len(sequences)
     known = [] if greatest is None else _known(logits, sequences, greatest)
@@ -69,7 +70,7 @@ def _drawn(
     """Return (row, token) of the rows that draw by unchanged logits, drawn by the runner."""
     V = logits.size(-1)
     kinds = [_kind(s.params, V) if greatest[i] < V and s.unchanged else "" for i, s in enumerate(sequences)]
-    rows = [i for i, kind in enumerate(kinds) if kind in ("top_k", "plain", "tail")]
+    rows = [i for i, kind in enumerate(kinds) if kind not in ("", "greedy")]
     if not rows:
         return []
     part = logits if len(rows) == len(logits) else logits[rows]
@@ -166,7 +167,8 @@ def _draw_by(kind: str, logits: Tensor, peaks: Tensor, best: Tensor, rows: list[
     if kind == "tail":
         return _draw_tail(logits, peaks, best, knobs)
     values, ids = _candidates(logits, peaks, knobs[:, 4].long()) if kind == "top_k" else _sorted(logits)
-    return _draw_sorted(values, ids, knobs)[0]
+    weights = _falling(values, knobs)[0]
+    return ids.gather(1, _invert(weights, knobs[:, :1])[:, None])[:, 0]
 
 
 def _knobs(s: Sequence, V: int) -> Knobs:
@@ -223,12 +225,12 @@ def _align(n: int, rows: Tensor, ids: Tensor, values: Tensor) -> tuple[Tensor, T
     return dense, tokens.gather(1, order)
 
 
-def _draw_sorted(values: Tensor, ids: Tensor, knobs: Tensor, total: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return the chosen ids (n,), and which rows (n,) are settled: their tail was cut, whatever follows it.
+def _falling(values: Tensor, knobs: Tensor, total: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the weights (n, w) of falling values, 0 where they are cut, and in which rows (n,) something was cut.
 
-    `values` (n, w) fall. `total` (n, 1) is the mass of the row where the candidates are not all of it.
+    `total` (n, 1) is the mass of the row where the candidates are not all of it.
     """
-    u, temperature, top_p, min_p, top_k = knobs[:, :, None].unbind(1)
+    _, temperature, top_p, min_p, top_k = knobs[:, :, None].unbind(1)
     weights = ((values - values[:, :1]).double() / temperature).exp()  # the first is 1
     if total is None:
         kth = values.gather(1, top_k.long().clamp(max=values.size(1)) - 1)
@@ -239,8 +241,7 @@ def _draw_sorted(values: Tensor, ids: Tensor, knobs: Tensor, total: Tensor | Non
     gone = ((before >= top_p * total) & (top_p < 1.0)) | (weights < min_p)
     gone &= values > -math.inf  # not what fills up
     gone[:, 0] = False  # the most probable token always stays
-    columns = _invert(weights.masked_fill(gone, 0.0), u)
-    return ids.gather(1, columns[:, None])[:, 0], gone.any(-1)
+    return weights.masked_fill(gone, 0.0), gone.any(-1)
 
 
 def _draw_tail(logits: Tensor, peaks: Tensor, best: Tensor, knobs: Tensor) -> Tensor:
@@ -248,11 +249,14 @@ def _draw_tail(logits: Tensor, peaks: Tensor, best: Tensor, knobs: Tensor) -> Te
     weights = _weights(logits, best, knobs)
     total = weights.sum(-1).double().sum(-1, keepdim=True)
     few = torch.full((len(logits),), max(1, peaks.size(1) // 4), device=logits.device)
-    ids, settled = _draw_sorted(*_candidates(logits, peaks, few), knobs, total)
-    left = (~settled).nonzero()[:, 0]
+    values, ids = _candidates(logits, peaks, few)
+    some, settled = _falling(values, knobs, total)
+    ids, order = ids.sort(dim=-1)
+    chosen = ids.gather(1, _invert(some.gather(1, order), knobs[:, :1])[:, None])[:, 0]
+    left = (~settled).nonzero()[:, 0]  # nothing was cut, so that others may have a chance
     if len(left) > 0:
-        ids[left] = _draw_weights(_cut(weights[left], knobs[left], total[left]), knobs[left])
-    return ids
+        chosen[left] = _draw_weights(_cut(weights[left], knobs[left], total[left]), knobs[left])
+    return chosen
 
 
 def _cut(weights: Tensor, knobs: Tensor, total: Tensor) -> Tensor:

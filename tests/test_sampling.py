@@ -209,10 +209,6 @@ def test_a_row_gets_the_same_token_in_any_company(
     assert apart == [together[i] for i in some]
 
 
-def group_peaks(logits: list[float]) -> list[float]:
-    return [max(logits[i : i + 64]) for i in range(0, len(logits), 64)]
-
-
 def slow_choice(logits: list[float], p: SamplingParams) -> int:
     """Choose a token by sorting everything and adding up, with the same one random number."""
     order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))
@@ -225,11 +221,8 @@ def slow_choice(logits: list[float], p: SamplingParams) -> int:
         if not kept or ((p.top_p == 1.0 or before < p.top_p * total) and weights[i] >= p.min_p):
             kept.append(i)
         before += weights[i]
-    few = max(1, -(-len(logits) // 64) // 4)  # candidates that are looked at first where there is no top_k
-    threshold = sorted(group_peaks(logits), reverse=True)[few - 1]
-    reach = sum(x >= threshold for x in logits)
-    if not 0 < p.top_k < len(logits) and len(kept) >= reach:
-        kept.sort()  # a draw from the whole row goes by id
+    if not 0 < p.top_k < len(logits):
+        kept.sort()  # laid out by id
     target = random.Random(p.seed).random() * sum(weights[i] for i in kept)
     for i in kept:
         target -= weights[i]

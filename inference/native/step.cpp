@@ -10,7 +10,7 @@
 #include "team.h"
 #include "draw.h"
 
-constexpr long VERSION = 6;  // of the structures and functions that inference/native_runner.py also knows
+constexpr long VERSION = 7;  // of the structures and functions that inference/native_runner.py also knows
 constexpr long ROWS = 512;   // rows computed at once; a longer step is cut into such parts, which changes no result
 constexpr long FEW = 2;      // so many rows are prepared by every thread for itself, which costs less than to meet
 
@@ -81,12 +81,10 @@ struct Own {  // of one thread
         : input(FEW, 4 * width), row(width), scores(NEIGHBOURS * span), panel(kind == COMPACT ? 4 * width * PANEL * 2 : 0) {}
 };
 
-// What is asked of finished logits: a token drawn from each of `rows` rows of `width`, which lie `stride` apart.
-struct Draws {
-    long rows, width, stride;
-    const float *logits;
-    const Knobs *knobs;
-    long *chosen;
+// What is done with each of `rows` rows of finished logits.
+struct After {
+    long rows = 0;
+    std::function<void(long, DrawRoom &)> work;
 };
 
 struct Step {
@@ -101,7 +99,7 @@ struct Step {
     const long *token;
     float *logits, *hidden;               // where results go; hidden states instead of logits unless null
     long *best;
-    Draws draws{};                        // its rows are 0 while there are rows to compute
+    After after;                          // its rows are 0 while there are rows to compute
     Team team;                            // last: its threads use the rest
 
     explicit Step(const Model &m)
@@ -233,10 +231,7 @@ struct Step {
     }
 
     void work(Member &me) {
-        if (draws.rows)
-            return me.each(draws.rows, [&](long i) {
-                draws.chosen[i] = draw(draws.logits + i * draws.stride, draws.width, draws.knobs[i], own[me.id]->room);
-            });
+        if (after.rows) return me.each(after.rows, [&](long i) { after.work(i, own[me.id]->room); });
         if (m.kind == F32) forward<F32>(me);
         else if (m.kind == BF16) forward<BF16>(me);
         else if (m.kind == COMPACT) forward<COMPACT>(me);
@@ -310,9 +305,9 @@ long step_rows(Step *step, long count, const long *token, const long *slot, cons
 
 // Draw a token from each row of logits by its knobs; see draw() for what is no token.
 void step_draw(Step *step, long rows, long width, long stride, const float *logits, const Knobs *knobs, long *chosen) {
-    step->draws = {rows, width, stride, logits, knobs, chosen};
+    step->after = {rows, [=](long i, DrawRoom &room) { chosen[i] = draw(logits + i * stride, width, knobs[i], room); }};
     step->team.run();
-    step->draws.rows = 0;
+    step->after.rows = 0;
 }
 #pragma GCC visibility pop
 }
