@@ -227,7 +227,7 @@ def test_unknown_parameters_are_ignored_and_named(server, file_id):
         ({"max_iters": -1}, 400, "max_iters is -1"),
         ({"max_iters": "5"}, 400, "max_iters is '5'"),
         ({"device": "tpu"}, 400, "device is"),
-        ({"dataset": "mine"}, 400, "not both"),
+        ({"dataset": "mine"}, 400, "dataset and training_file are both given"),
     ],
 )
 def test_a_wrong_job_is_refused_by_name(server, file_id, wrong, status, words):

@@ -3,6 +3,7 @@
 import pytest
 from fakes import FakeServer, byte_tokenizer, events
 
+from storage.errors import NotFound
 from storage.tokenizer import char_tokenizer
 
 
@@ -229,8 +230,8 @@ def test_a_failure_in_a_stream_is_an_error_frame_without_done(server):
         ({"prompt": "a", "n": 0}, "n", "n is 0"),
         ({"prompt": "a", "n": 129}, "n", "at most 128"),
         ({"prompt": "a", "n": 1.5}, "n", "a whole number"),
-        ({"prompt": "a", "n": 2, "best_of": 1}, None, "at least n"),
-        ({"prompt": "a", "n": 1, "best_of": 2, "stream": True}, None, "cannot be streamed"),
+        ({"prompt": "a", "n": 2, "best_of": 1}, "best_of", "at least n"),
+        ({"prompt": "a", "n": 1, "best_of": 2, "stream": True}, "best_of", "cannot be streamed"),
         ({"prompt": "a", "logprobs": 6}, "logprobs", "at most 5"),
         ({"prompt": "a", "max_tokens": "all"}, "max_tokens", "a whole number"),
         ({"prompt": "a", "max_tokens": 10**12}, "max_tokens", "max_tokens is 1000000000000"),
@@ -239,10 +240,13 @@ def test_a_failure_in_a_stream_is_an_error_frame_without_done(server):
         ({"prompt": "a", "presence_penalty": "x"}, "presence_penalty", "a number"),
         ({"prompt": "a", "stop": 5}, "stop", "stop is 5"),
         ({"prompt": "a", "logit_bias": {"abc": 5}}, "logit_bias", "token ids"),
-        ({"prompt": "a", "logit_bias": {"999999999": 5}}, None, "out of range"),
-        ({"prompt": "a", "suffix": "x"}, None, "suffix is not supported"),
-        ({"prompt": "a", "guided_regex": "(a+)+$"}, None, "guided_regex is not supported"),
-        ({"prompt": "a", "response_format": {"type": "regex"}}, None, "response_format is not supported"),
+        ({"prompt": "a", "logit_bias": {"999999999": 5}}, "logit_bias", "out of range"),
+        ({"prompt": "a", "logit_bias": {"5": 100.5}}, "logit_bias", "at least -100 and at most 100"),
+        ({"prompt": "a", "logit_bias": {"\u0665": 5}}, "logit_bias", "token ids"),
+        ({"prompt": "a", "seed": -(2**63) - 1}, "seed", "at least -9,223,372,036,854,775,808"),
+        ({"prompt": "a", "suffix": "x"}, "suffix", "suffix is not supported"),
+        ({"prompt": "a", "guided_regex": "(a+)+$"}, "guided_regex", "guided_regex is not supported"),
+        ({"prompt": "a", "response_format": {"type": "regex"}}, "response_format", "response_format is not supported"),
         ({"prompt": "a", "model": 3}, "model", "model is 3"),
     ],
 )
@@ -251,7 +255,32 @@ def test_completions_refuse(tmp_path, server, body, param, words):
         server.engine.submit = lambda *a, **k: (_ for _ in ()).throw(ValueError("logit_bias is out of range"))
     found = error(server.post("/v1/completions", body))
     assert found["type"] == "invalid_request_error" and words in found["message"]
-    assert param is None or found["param"] == param
+    assert found["param"] == param
+
+
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", "1e999", "1" * 21, '"\\ud800"'])
+def test_what_is_not_strict_json_is_said_of_its_field(server, value):
+    body = f'{{"prompt": "a", "temperature": {value}}}'
+    found = error(server.client.post("/v1/completions", data=body, content_type="application/json"))
+    assert found["param"] == "temperature" and found["message"].startswith("temperature ")
+
+
+def test_an_empty_suffix_is_none(server):
+    assert server.post("/v1/completions", {"prompt": "a", "suffix": ""}).status_code == 200
+
+
+def test_a_seed_may_be_negative(server):
+    texts = [server.post("/v1/completions", {"prompt": "a", "seed": seed}).json["choices"] for seed in (-1, -1)]
+    assert texts[0] == texts[1] and server.engine.sequences[-1].params.seed == 2**63 - 1
+
+
+def test_a_model_that_goes_while_it_is_asked_for_is_not_found(server, monkeypatch):
+    def gone(reference):
+        raise NotFound("ckpt.pt does not exist")
+
+    monkeypatch.setattr(server.engine, "using", gone)
+    found = error(server.post("/v1/completions", {"prompt": "a", "model": "tiny"}), 404)
+    assert found["code"] == "model_not_found" and "there is no model" in found["message"]
 
 
 def test_an_unknown_model_is_not_found(server):
@@ -291,6 +320,12 @@ def test_the_end_of_text_token_is_one_id(server):
 def test_detokenize_undoes_tokenize(server):
     tokens = server.post("/tokenize", {"content": "naïve 🙂"}).json["tokens"]
     assert server.post("/detokenize", {"tokens": tokens}).json["prompt"] == "naïve 🙂"
+
+
+@pytest.mark.parametrize("token", [-1, 99_999, 10**18])
+def test_detokenize_refuses_ids_outside_the_vocabulary(server, token):
+    found = error(server.post("/detokenize", {"tokens": [1, token]}))
+    assert found["param"] == "tokens" and "out of vocabulary" in found["message"]
 
 
 def test_tokenize_refuses_what_it_cannot(tmp_path):

@@ -12,6 +12,8 @@ from typing import Any
 
 from inference.backend import ServedModel
 from inference.sequence import EngineDown, Failure, NoModel, PromptTooLong, SamplingParams
+from storage.errors import NotFound
+from storage.files import quoted
 from storage.tokenizer import Tokenizer
 from web.client import Client
 from web.completion import Completion, Piece, merged, settle
@@ -50,6 +52,8 @@ def using(context: Context, name: str | None) -> Iterator[ServedModel]:
             model = stack.enter_context(context.engine.using(reference))
         except ValueError as error:  # a device or precision that this machine or model does not have
             raise Refused(400, str(error), param="model") from None
+        except NotFound:  # it was there a moment ago
+            raise Refused(404, f"there is no model {quoted(name)} any more", "model_not_found", "model") from None
         finally:
             context.streams.leave()
         yield model

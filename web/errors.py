@@ -33,9 +33,10 @@ fail again (501, 504) tells them not to.
 
 import inspect
 import logging
+import re
 import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, get_type_hints
 
 from flask import Flask, Response, current_app, jsonify, request
@@ -173,10 +174,18 @@ def problem_of(error: Exception, openai: bool = False) -> Problem:
     return _unexpected(error)
 
 
+def _named(message: str, fields: Container[str]) -> str | None:
+    """Return the field that a message is about: those that are about one begin with its name."""
+    found = re.match(r"\w+", message)
+    return found[0] if found is not None and found[0] in fields else None
+
+
 def respond(error: Exception) -> Response:
     """Return the error reply of the current request."""
     openai = is_openai(request.path)
     problem = problem_of(error, openai)
+    if openai and problem.status in (400, 422) and problem.param is None:
+        problem = replace(problem, param=_named(problem.message, request.fields))  # type: ignore[attr-defined]
     response = jsonify(problem.body(openai))
     response.status_code = problem.status
     response.headers.update(problem.headers)
@@ -195,9 +204,10 @@ def _model_of(error: ValidationError) -> type[BaseModel] | None:
 
 def refuse_invalid(error: ValidationError) -> Response:
     """Raise the 400 of a body that does not fit its class, in one sentence."""
-    location = error.errors(include_url=False)[0]["loc"]
-    param = str(location[0]) if location else None
-    raise Refused(400, errors_to_sentence(error, _model_of(error)), param=param)
+    location, model = error.errors(include_url=False)[0]["loc"], _model_of(error)
+    sentence = errors_to_sentence(error, model)
+    param = str(location[0]) if location else _named(sentence, {} if model is None else model.model_fields)
+    raise Refused(400, sentence, param=param)
 
 
 def register(app: Flask) -> None:

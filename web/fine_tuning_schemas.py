@@ -124,7 +124,7 @@ class FineTuningBody(OpenAIBody):
         if self.training_file is None and self.dataset is None:
             raise ValueError("training_file is required, the id of a file that was uploaded; or dataset, a name")
         if self.dataset is not None and self.training_file not in (None, "", self.dataset):
-            raise ValueError("give training_file or dataset, not both")
+            raise ValueError("dataset and training_file are both given; give one of them")
         if self.dataset is not None and self.validation_file is not None:
             raise ValueError("validation_file goes with training_file, not with dataset")
         return self

@@ -13,7 +13,8 @@ from flask_openapi3.models.tag import Tag
 
 from storage import datasets as stored
 from storage import uploads
-from storage.errors import Unreachable
+from storage.errors import BadName, Unreachable
+from storage.files import quoted
 from storage.registry import pretrained_names, resolve
 from training import metrics as training_metrics
 from training import plot, raster
@@ -271,7 +272,11 @@ def export(body: ExportBody) -> dict[str, Any]:
 
     ctx = context()
     path = body.model if body.model.startswith("out/") else f"out/{body.model}"
-    reference = resolve(ctx.workspace, model_path=path)
+    try:
+        reference = resolve(ctx.workspace, model_path=path)
+    except BadName:
+        rule = "it must be a run or a checkpoint: my_run, out/my_run/best.pt"
+        raise Refused(400, f"model is {quoted(body.model)}; {rule}", param="model") from None
     if reference.kind != "trained" or reference.path is None:
         raise Refused(400, f"{body.model} is a Hugging Face folder already", param="model")
     check_allowed(ctx.settings, reference)

@@ -22,6 +22,7 @@ from web.context import Context, context
 from web.errors import Refused
 from web.openai_schemas import (
     DEFAULT_MAX_TOKENS,
+    MAX_IDS,
     CompletionBody,
     CompletionReply,
     DetokenizeBody,
@@ -69,9 +70,11 @@ def delete_model(path: ModelPath) -> dict[str, Any]:
     ctx, name = context(), path.model_id
     reference = ctx.catalogue.reference(name)
     if reference is None or reference.kind != "trained" or "/" in reference.id:
-        raise Refused(400, f"{name[:100]} is not a run that was trained here; only such models can be deleted")
+        message = f"{name[:100]} is not a run that was trained here; only such models can be deleted"
+        raise Refused(400, message, param="model")
     if ctx.loader.serves(reference.id):
-        raise Refused(400, f"{name[:100]} is the current model; POST /api/load_model another one first")
+        message = f"{name[:100]} is the current model; POST /api/load_model another one first"
+        raise Refused(400, message, param="model")
     try:
         ctx.jobs.delete(reference.id)
     except NotFound:
@@ -170,7 +173,8 @@ def tokenize(body: TokenizeBody) -> dict[str, Any]:
 def detokenize(body: DetokenizeBody) -> dict[str, Any]:
     """Turn token ids into text."""
     with using(context(), body.model) as served:
-        text = served.tokenizer.decode(body.tokens)
+        (tokens,) = token_ids([body.tokens], served, MAX_IDS, "tokens")
+        text = served.tokenizer.decode(tokens)
     return {"prompt": text, "content": text}
 
 

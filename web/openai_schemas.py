@@ -19,6 +19,7 @@ MAX_BEST_OF = 20
 MAX_CHOICES = 128
 MAX_LOGPROBS = 5  # of a text completion; a chat's top_logprobs may be MAX_TOP_LOGPROBS
 MAX_TOP_LOGPROBS = 20
+MAX_BIAS = 100
 MAX_INPUTS = 2048  # of an embeddings request
 MAX_IDS = 2**20  # of a token id list; far above any context
 UNSUPPORTED = (
@@ -84,9 +85,13 @@ def prompts(value: Any, name: str = "prompt") -> list[str | list[int]]:
 
 
 def _ids_of(bias: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
-    for key in bias:
-        if not key.isdecimal() or len(key) > 9:
+    for key, value in bias.items():
+        if not (key.isascii() and key.isdecimal()) or len(key) > 9:
             raise ValueError(f"logit_bias has the key {shown(key)}; keys must be token ids")
+        if not -MAX_BIAS <= value <= MAX_BIAS:
+            raise ValueError(
+                f"logit_bias of token {key} is {value}; it must be at least -{MAX_BIAS} and at most {MAX_BIAS}"
+            )
     return tuple((int(key), value) for key, value in bias.items())
 
 
@@ -97,6 +102,7 @@ class GenerationBody(OpenAIBody, SamplingFields):
     temperature: float = Field(1.0, ge=0, le=100, description="0 is greedy")
     top_k: int = Field(0, ge=-1, lt=2**31, description="choose among this many tokens; 0 and -1 are off")
     n: int = Field(1, ge=1, le=MAX_CHOICES, description="choices for each prompt")
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="the same seed gives the same text")
     logit_bias: dict[str, float] = Field({}, description="token id to what is added to its logit, -100 to 100")
     stream_options: StreamOptions = StreamOptions.model_validate({})
     user: Any = Field(None, description="not used")
@@ -109,7 +115,7 @@ class GenerationBody(OpenAIBody, SamplingFields):
     def _nothing_that_cannot_be_honoured(cls, value: Any) -> Any:
         if isinstance(value, Mapping):
             for name in UNSUPPORTED:
-                if value.get(name) not in (None, [], {}):
+                if value.get(name) not in (None, "", [], {}):
                     raise ValueError(f"{name} is not supported here")
             if value.get("response_format") not in (None, {"type": "text"}):
                 raise ValueError("response_format is not supported here; a completion is text")
@@ -128,9 +134,10 @@ class GenerationBody(OpenAIBody, SamplingFields):
             "logit_bias": _ids_of(self.logit_bias),
             "stop_token_ids": frozenset(self.stop_token_ids),
             "min_tokens": min(self.min_tokens, max_tokens),
+            "seed": None if self.seed is None else self.seed % 2**63,
         }
         same = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-        given |= {name: getattr(self, name) for name in (*same, "seed", "ignore_eos")}
+        given |= {name: getattr(self, name) for name in (*same, "ignore_eos")}
         return SamplingParams(**(given | {"max_new_tokens": max_tokens} | more))
 
 

@@ -16,6 +16,7 @@ from gunicorn.http.unreader import SocketUnreader
 QUICK = 0.2
 DEADLINE = 10.0
 SLOWEST = 16 * 1024  # bytes per second
+BEGINNING = 64  # bytes of a request that are remembered: method and the first parts of the path
 
 
 class Receiver(SocketUnreader):  # type: ignore[misc]
@@ -31,6 +32,18 @@ class Receiver(SocketUnreader):  # type: ignore[misc]
     def begin(self) -> None:
         """Start the clock for a request."""
         self._began, self._received = time.monotonic(), 0
+        self._beginning = b""
+
+    @property
+    def path(self) -> str:
+        """Return how the path of the request begins, also of one that cannot be parsed."""
+        return (self._beginning.split(b" ", 2)[1:2] or [b""])[0].decode("latin-1")
+
+    def read(self, size: int | None = None, read_ahead: int | None = None) -> bytes:
+        """Return bytes that have been received; the first ones of a request are remembered."""
+        data: bytes = super().read(size, read_ahead)
+        self._beginning += data[: BEGINNING - len(self._beginning)]
+        return data
 
     def chunk(self, size_hint: int | None = None) -> bytes:
         """Return the next bytes; b"" at the end, or when there is no more time or place."""

@@ -12,29 +12,44 @@ import math
 from typing import IO, Any
 
 from flask import Request, Response, request
-from werkzeug.exceptions import BadRequest, HTTPException, RequestTimeout, UnsupportedMediaType
+from werkzeug.exceptions import (
+    BadRequest,
+    ClientDisconnected,
+    HTTPException,
+    RequestTimeout,
+    UnsupportedMediaType,
+)
 from werkzeug.utils import cached_property
 from werkzeug.wsgi import get_input_stream
+
+from web.errors import Refused
 
 DIGITS = 20  # of an integer
 DEPTH = 64  # of nested objects and lists
 
 
-def _refuse_constant(text: str) -> Any:
-    raise ValueError(f"{text} is not a JSON number")
+class BadField(ValueError):
+    """What is wrong with the value of a field."""
+
+    def __init__(self, field: str, message: str):
+        super().__init__(f"{field[:60]} {message}")
+        self.field = field
 
 
-def _float(text: str) -> float:
+class _NoNumber:
+    """What stands where a number should, until `_check` has found whose value it is."""
+
+    def __init__(self, text: str, rule: str = "a finite number"):
+        self.sentence = f"is {text[:30]}; it must be {rule}"
+
+
+def _float(text: str) -> float | _NoNumber:
     value = float(text)
-    if math.isinf(value):
-        raise ValueError(f"{text[:30]} is too large a number")
-    return value
+    return _NoNumber(text) if math.isinf(value) else value
 
 
-def _int(text: str) -> int:
-    if len(text) > DIGITS:
-        raise ValueError(f"an integer has more than {DIGITS} digits")
-    return int(text)
+def _int(text: str) -> int | _NoNumber:
+    return _NoNumber(text, f"at most {DIGITS} digits long") if len(text) > DIGITS else int(text)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -46,9 +61,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _check(value: Any) -> None:
-    """Refuse deep nesting and lone surrogates, which no text and no file name can hold."""
-    level: list[Any] = [value]
+def _check(field: str, value: Any) -> None:
+    """Refuse deep nesting, what is no number, and lone surrogates, which no text and no file name can hold."""
+    level: list[Any] = [[value]]
     for _ in range(DEPTH):
         below: list[Any] = []
         for item in level:
@@ -56,13 +71,15 @@ def _check(value: Any) -> None:
             for part in parts:
                 if type(part) is str:
                     if not part.isascii() and _has_surrogate(part):
-                        raise ValueError("a text holds half of a surrogate pair")
+                        raise BadField(field, "has a text with half of a surrogate pair")
+                elif type(part) is _NoNumber:
+                    raise BadField(field, part.sentence)
                 elif type(part) is list or type(part) is dict:
                     below.append(part)
         if not below:
             return
         level = below
-    raise ValueError(f"objects and lists are nested more than {DEPTH} deep")
+    raise BadField(field, f"has objects and lists that are nested more than {DEPTH} deep")
 
 
 def _has_surrogate(text: str) -> bool:
@@ -74,7 +91,7 @@ def _has_surrogate(text: str) -> bool:
 
 
 def parse(data: bytes) -> dict[str, Any]:
-    """Return the JSON object in `data`. Raises ValueError with a sentence."""
+    """Return the JSON object in `data`. Raises ValueError with a sentence, BadField if it concerns a field."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -83,7 +100,7 @@ def parse(data: bytes) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(
-            text, parse_constant=_refuse_constant, parse_float=_float, parse_int=_int, object_pairs_hook=_object
+            text, parse_constant=_NoNumber, parse_float=_float, parse_int=_int, object_pairs_hook=_object
         )
     except RecursionError:
         raise ValueError(f"objects and lists are nested more than {DEPTH} deep") from None
@@ -91,7 +108,10 @@ def parse(data: bytes) -> dict[str, Any]:
         raise ValueError(f"the body is not valid JSON: {error.msg} at character {error.pos}") from None
     if not isinstance(value, dict):
         raise ValueError("the body must be a JSON object")
-    _check(value)
+    for field, part in value.items():
+        if _has_surrogate(field):
+            raise ValueError("a field's name has half of a surrogate pair")
+        _check(field, part)
     return value
 
 
@@ -104,10 +124,10 @@ class _Body:
     def read(self, size: int = -1) -> bytes:
         try:
             return self._stream.read(size)
-        except HTTPException:  # too large, or the client has gone
-            raise
-        except OSError:
+        except (ClientDisconnected, OSError):
             raise RequestTimeout("the body did not come in time") from None
+        except HTTPException:  # too large
+            raise
         except Exception:  # the server's reader of chunks has error classes of its own
             raise BadRequest("the body's transfer encoding is damaged") from None
 
@@ -147,8 +167,15 @@ class StrictRequest(Request):
         data = self._whole_body()
         try:
             return parse(data)
+        except BadField as error:
+            raise Refused(400, str(error), param=error.field) from None
         except ValueError as error:
             raise BadRequest(str(error)) from None
+
+    @property
+    def fields(self) -> frozenset[str]:
+        """Return the names in the JSON body, as far as it has been read."""
+        return frozenset(self._json or ())
 
     def _whole_body(self) -> bytes:
         data = self.get_data(cache=False)

@@ -5,7 +5,7 @@
     - A connection is closed without waiting on the loop that accepts the others.
     - SIGTERM: refuse new connections at once, give running requests the drain time, end the others with 503.
     - A worker shows signs of life from its birth, also while it imports and loads.
-    - What is wrong before Flask sees it is answered in JSON, too.
+    - What is wrong before Flask sees it is answered in JSON, too, in the shape of its path.
 
 It knows the app as a WSGI function and three calls (`AppProcess`); gunicorn is pinned, since its inner
 methods are overridden here.
@@ -34,6 +34,7 @@ from typing import Any, Protocol
 from gunicorn.http import errors as http
 from gunicorn.workers.gthread import TConn, ThreadWorker
 
+from web.errors import Problem, is_openai
 from web.pump import SENDER
 from web.receiving import Receiver
 
@@ -146,6 +147,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self.lingering: deque[Connection] = deque()
         self.slow_places = threading.Semaphore(SLOW_PLACES)
+        self.of_thread = threading.local()  # its connection
 
     # --- starting and stopping ---
 
@@ -251,6 +253,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
 
     def handle(self, conn: Connection) -> Any:
         """Handle the next request of a connection, in a thread of the pool."""
+        self.of_thread.connection = conn
         if conn.initialized:
             conn.parser.unreader.begin()
         return super().handle(conn)
@@ -263,7 +266,9 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         if not isinstance(exc, http.ParseException):
             status, reason, message = FAILED
             log.error("a request failed outside the application", exc_info=exc)
-        body = json.dumps({"error": message}).encode()
+        connection = self.of_thread.connection
+        path = connection.parser.unreader.path if connection.initialized else ""
+        body = json.dumps(Problem(status, message).body(is_openai(path))).encode()
         head = f"HTTP/1.1 {status} {reason}\r\nConnection: close\r\nContent-Type: application/json\r\n"
         head += f"X-Request-Id: req-{uuid.uuid4().hex}\r\n"
         with contextlib.suppress(OSError):
