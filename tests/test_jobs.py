@@ -493,6 +493,44 @@ def test_resume_goes_back_to_a_kept_checkpoint(place):
     assert run.checkpoint.read_bytes() == b"older weights" and run.previous.read_bytes() == b"weights"
 
 
+def test_nobody_waits_while_a_kept_checkpoint_is_read_and_the_run_stays_as_it_is(place, monkeypatch):
+    reading, go_on = threading.Event(), threading.Event()
+
+    def slowly(folder, iter_num):
+        reading.set()
+        assert go_on.wait(60)
+
+    monkeypatch.setattr("training.jobs.bring_back", slowly)
+    manager = place.manager(max_jobs=2)
+    stopped_job(place, manager)
+    with ThreadPoolExecutor(1) as pool:
+        resumed = pool.submit(manager.resume, "a", iter_num=10)
+        assert reading.wait(60)
+        try:
+            assert manager.create(config("b")).state == "running" and manager.counts()["running"] == 1
+            for change in (manager.delete, manager.resume, lambda name: manager.create(config(name, overwrite=True))):
+                with pytest.raises(JobBusy, match="out/a is about to be resumed; try again in a moment"):
+                    change("a")
+            with pytest.raises(JobBusy, match="in use by the job a"):
+                manager.require_dataset_unused("text")
+        finally:
+            go_on.set()
+        assert resumed.result().state == "running" and place.backend.started[-1] == ("a", True, False)
+
+
+def test_a_kept_checkpoint_that_cannot_be_read_leaves_the_run_free(place, monkeypatch):
+    def fail(folder, iter_num):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    manager = place.manager()
+    stopped_job(place, manager)
+    with monkeypatch.context() as patched:
+        patched.setattr("training.jobs.bring_back", fail)
+        with pytest.raises(NoSpace):
+            manager.resume("a", iter_num=10)
+    assert manager.get("a").state == "stopped" and manager.resume("a").state == "running"
+
+
 def test_resume_without_a_checkpoint_starts_again(place):
     manager = place.manager()
     stopped_job(place, manager, checkpoint=False)

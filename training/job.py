@@ -21,6 +21,10 @@ ACTIVE = ("queued", "running")
 ENDED = ("succeeded", "failed", "stopped", "lost")
 
 
+class JobBusy(Exception):
+    """The job's state does not allow this now (HTTP 409)."""
+
+
 def read_object(path: Any) -> dict[str, Any]:
     """Return the JSON object in a file of a run, {} if there is none that can be read."""
     try:

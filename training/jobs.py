@@ -26,9 +26,10 @@ from training.backend import TrainingBackend
 from training.config import ConfigError, TrainConfig, resolve
 from training.ending import how_it_ended
 from training.hardware import memory_kills
-from training.job import ENDED, Job, Status, read_object, trainer_of
+from training.job import ENDED, Job, JobBusy, Status, read_object, trainer_of
 from training.job_queue import JobQueue
 from training.lock_file import OutLock
+from training.resumption import further
 from training.starting_point import base_run
 
 __all__ = ["ConfigError", "Job", "JobBusy", "JobManager"]
@@ -36,10 +37,6 @@ __all__ = ["ConfigError", "Job", "JobBusy", "JobManager"]
 GRACE = 30.0  # seconds between SIGTERM and SIGKILL: an iteration and a checkpoint, also on a busy machine
 ROUND = 5.0  # seconds between looks at the logs of running jobs
 log = logging.getLogger(__name__)
-
-
-class JobBusy(Exception):
-    """The job's state does not allow this now (HTTP 409)."""
 
 
 class JobManager:
@@ -65,6 +62,7 @@ class JobManager:
         sweep_temporary(workspace.out)  # what a server that was killed was about to note there
         self._lock, self._closed = threading.RLock(), False
         self._queue = JobQueue()
+        self._in_hand: set[str] = set()  # idle runs whose kept checkpoint is being read, for which nobody has to wait
         self._deadlines: dict[str, float] = {}  # by the monotonic clock, of jobs that were asked to end
         with self._lock:
             for run in workspace.runs():
@@ -202,23 +200,22 @@ class JobManager:
         job = self.get(name)
         with self._lock:
             self._require_idle(job.run)
-            config = TrainConfig.parse(read_object(job.run.config))
-            manifest = job.run.manifest(job.run.checkpoint)
-            if iter_num is not None:
-                reached = iter_num
-            else:
-                reached = read_object(job.run.result).get("iter_num") or read_object(manifest).get("iter_num") or 0
-            last = config.max_iters if max_iters is None else max_iters
-            if last is not None and last <= reached:
-                raise ConfigError(f"max_iters is {last}; {job.name} has {reached} iterations behind it: give more")
+            config = further(job.run, max_iters, iter_num)
             admission.require_room(self._workspace, job.run, None)
+            self._in_hand.add(job.name)
+        try:
             with disk_errors_explained(job.run.relative):
                 if iter_num is not None:
                     bring_back(job.run.folder, iter_num)
-                resume = any(path.exists() for path in (job.run.checkpoint, job.run.previous))
-                write_json(job.run.config, config.given() | {"max_iters": last})
-                status = Status("queued", job.status.created, resume=resume, priority=job.status.priority)
-                self._enqueue(job.run, status)
+                with self._lock:
+                    self._in_hand.discard(job.name)
+                    self._require_idle(job.run)
+                    resume = any(path.exists() for path in (job.run.checkpoint, job.run.previous))
+                    write_json(job.run.config, config.given())
+                    status = Status("queued", job.status.created, resume=resume, priority=job.status.priority)
+                    self._enqueue(job.run, status)
+        finally:
+            self._in_hand.discard(job.name)
         return self.get(name)
 
     def delete(self, name: object) -> None:
@@ -240,6 +237,8 @@ class JobManager:
         if status is not None:
             what = "is stopping; try again in a moment" if status.stopping else f"is {status.state}; stop it first"
             raise JobBusy(f"{run.relative} has a job that {what}")
+        if run.name in self._in_hand:
+            raise JobBusy(f"{run.relative} is about to be resumed; try again in a moment")
         if trainer_of(run) is not None:
             raise JobBusy(f"{run.relative} is being trained by a process that this server did not start")
 
@@ -254,7 +253,7 @@ class JobManager:
         """Raise JobBusy while a running or waiting job trains on the dataset."""
         wanted = datasets.ALIASES.get(name, name)
         with self._lock:
-            active = [job for job, _ in self._queue]
+            active = [*self._in_hand, *(job for job, _ in self._queue)]
         for job in active:
             used = str(read_object(self._workspace.run(job).config).get("dataset"))
             if datasets.ALIASES.get(used, used) == wanted:

@@ -2,7 +2,25 @@
 
 from typing import Any
 
+from storage.runs import Run
 from training.config import ConfigError, TrainConfig
+from training.job import read_object
+
+
+def further(run: Run, max_iters: int | None = None, iter_num: int | None = None) -> TrainConfig:
+    """Return the config with which an ended run goes on: to `max_iters`, from its newest checkpoint or `iter_num`'s.
+
+    Raises ConfigError for one that leaves nothing to do.
+    """
+    config = TrainConfig.parse(read_object(run.config))
+    reached = iter_num
+    if reached is None:
+        checkpoint = read_object(run.manifest(run.checkpoint))
+        reached = read_object(run.result).get("iter_num") or checkpoint.get("iter_num") or 0
+    last = config.max_iters if max_iters is None else max_iters
+    if last is not None and last <= reached:
+        raise ConfigError(f"max_iters is {last}; {run.name} has {reached} iterations behind it: give more")
+    return config.model_copy(update={"max_iters": last})
 
 
 def require_resumable(state: dict[str, Any], name: str, config: TrainConfig) -> None:
