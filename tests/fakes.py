@@ -36,6 +36,7 @@ from storage.runs import Workspace
 from storage.tokenizer import Tokenizer, train_bpe
 from training.config import TrainConfig, resolve
 from training.jobs import JobBusy
+from training.resumption import lengthened
 from web.settings import Settings
 
 TEXT = "Once upon a time there was a small model that told stories. To be or not to be, 0123456789.\n"
@@ -320,9 +321,9 @@ class FakeJobs:
             raise NotFound(f"no checkpoint of iteration {iter_num} is kept")
         if job.state == "running":
             raise JobBusy(f"job {name} is running")
-        job.state = "running"
         if max_iters is not None:
-            job.config = TrainConfig.parse(job.config.given() | {"max_iters": max_iters})
+            job.config = lengthened(job.config, max_iters)
+        job.state = "running"
         return job
 
     def delete(self, name: str) -> None:

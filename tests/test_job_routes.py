@@ -140,6 +140,14 @@ def test_a_resume_from_what_was_not_kept_is_not_found(server):
     assert server.post("/api/jobs/shakespeare_model/resume", {"iter_num": 7}).json["state"] == "running"
 
 
+def test_a_resume_that_would_keep_too_many_checkpoints_is_refused(server):
+    server.post("/api/train", TRAIN | {"eval_interval": 1, "keep_every": 1})
+    server.post("/api/jobs/shakespeare_model/stop", {})
+    refused = server.post("/api/jobs/shakespeare_model/resume", {"max_iters": 1001})
+    assert refused.status_code == 400 and "max_iters is 1001; it must be at most 1000" in refused.json["error"]
+    assert server.post("/api/jobs/shakespeare_model/resume", {"max_iters": 1000}).json["state"] == "running"
+
+
 def test_an_empty_body_resumes_with_the_old_end(server):
     server.post("/api/train", TRAIN)
     server.client.post("/api/jobs/shakespeare_model/stop", content_type="application/json")

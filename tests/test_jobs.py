@@ -493,6 +493,30 @@ def test_resume_goes_back_to_a_kept_checkpoint(place):
     assert run.checkpoint.read_bytes() == b"older weights" and run.previous.read_bytes() == b"weights"
 
 
+def test_resume_keeps_no_more_checkpoints_than_a_new_run_would(place):
+    manager = place.manager()
+    manager.create(config(max_iters=20, eval_interval=2, keep_every=5))
+    manager.stop("a")
+    wait_for(manager, "a", "stopped")
+    refusal = "max_iters is 10010; it must be at most 10009: of every 10 iterations one checkpoint is kept"
+    with pytest.raises(ConfigError, match=refusal):
+        manager.resume("a", max_iters=10_010)
+    assert manager.resume("a", max_iters=10_009).describe()["max_iters"] == 10_009
+
+
+def test_resume_asks_for_room_for_the_checkpoints_that_it_will_keep(place, monkeypatch):
+    manager = place.manager()
+    manager.create(config(max_iters=20, eval_interval=10, keep_every=1))
+    place.checkpoint("a")
+    manager.stop("a")
+    wait_for(manager, "a", "stopped")
+    asked = []
+    monkeypatch.setattr("training.admission.require_space", lambda folder, size: asked.append(size))
+    (place.workspace.run("a").folder / "ckpt-10.pt").write_bytes(b"weights")
+    manager.resume("a", max_iters=40)
+    assert asked == [disk_space.OTHER_BYTES + (1 + 3) * len(b"weights")]
+
+
 def test_nobody_waits_while_a_kept_checkpoint_is_read_and_the_run_stays_as_it_is(place, monkeypatch):
     reading, go_on = threading.Event(), threading.Event()
 

@@ -11,7 +11,7 @@ from storage import datasets, hub, registry, tokenizer
 from storage.errors import BadName, NotFound
 from storage.files import require_space, require_writable
 from storage.runs import Run, Workspace
-from training import disk_space, hardware
+from training import hardware
 from training.config import ConfigError, TrainConfig
 from training.starting_point import reference, require_elsewhere
 from training.trackers import require as require_trackers
@@ -38,10 +38,10 @@ def require_folder(run: Run) -> None:
         raise BadName(f"{run.relative} is not a folder")
 
 
-def require_room(workspace: Workspace, run: Run, config: TrainConfig | None) -> None:
-    """Raise NoSpace or ReadOnly unless a new run by a resolved `config`, or with None its resumption, can be kept."""
+def require_room(workspace: Workspace, size: int) -> None:
+    """Raise NoSpace or ReadOnly unless a run can be kept that takes so many bytes."""
     require_writable(workspace.out)
-    require_space(workspace.out, disk_space.of_resumed(run) if config is None else disk_space.needed(config))
+    require_space(workspace.out, size)
 
 
 def check(config: TrainConfig, workspace: Workspace, run: Run, allow: Allow = allow_all) -> None:

@@ -29,7 +29,8 @@ def needed(config: TrainConfig) -> int:
     return OTHER_BYTES
 
 
-def of_resumed(run: Run) -> int:
-    """Return the bytes that going on with a run may take: one checkpoint more, and some text."""
+def of_resumed(run: Run, config: TrainConfig) -> int:
+    """Return the bytes that going on with a run may take: some text, one checkpoint more, and those yet to be kept."""
     sizes = [path.stat().st_size for path in (run.checkpoint, run.previous) if path.exists()]
-    return OTHER_BYTES + max(sizes, default=0)
+    copies = 1 + max(0, config.kept() - len(run.kept()))
+    return OTHER_BYTES + copies * max(sizes, default=0)

@@ -20,7 +20,7 @@ from storage.errors import NotFound, StorageError
 from storage.files import check_name, disk_errors_explained, sweep_temporary, write_json
 from storage.runs import Run, Workspace
 from storage.trash import empty_trash, move_to_trash
-from training import admission
+from training import admission, disk_space
 from training import log as job_log
 from training.backend import TrainingBackend
 from training.config import ConfigError, TrainConfig, resolve
@@ -130,7 +130,7 @@ class JobManager:
                 raise JobBusy(f"{run.relative} holds a trained model: resume it, delete it, or set overwrite")
             if replaces:
                 self._require_unneeded(run)
-            admission.require_room(self._workspace, run, resolved)
+            admission.require_room(self._workspace, disk_space.needed(resolved))
             with disk_errors_explained(run.relative):
                 kept = move_to_trash(run.folder) if replaces else None
                 try:
@@ -201,7 +201,7 @@ class JobManager:
         with self._lock:
             self._require_idle(job.run)
             config = further(job.run, max_iters, iter_num)
-            admission.require_room(self._workspace, job.run, None)
+            admission.require_room(self._workspace, disk_space.of_resumed(job.run, config))
             self._in_hand.add(job.name)
         try:
             with disk_errors_explained(job.run.relative):

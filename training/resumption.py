@@ -3,14 +3,25 @@
 from typing import Any
 
 from storage.runs import Run
-from training.config import ConfigError, TrainConfig
+from training.config import MOST_KEPT, ConfigError, TrainConfig
 from training.job import read_object
+
+
+def lengthened(config: TrainConfig, max_iters: int) -> TrainConfig:
+    """Return a resolved config with another end. Raises ConfigError if it would keep too many checkpoints."""
+    longer = config.model_copy(update={"max_iters": max_iters})
+    if longer.kept() > MOST_KEPT:
+        interval = (longer.eval_interval or 1) * (longer.keep_every or 1)
+        most = (MOST_KEPT + 1) * interval - 1
+        why = f"of every {interval:,} iterations one checkpoint is kept, and of a run at most {MOST_KEPT:,} are"
+        raise ConfigError(f"max_iters is {max_iters}; it must be at most {most}: {why}")
+    return longer
 
 
 def further(run: Run, max_iters: int | None = None, iter_num: int | None = None) -> TrainConfig:
     """Return the config with which an ended run goes on: to `max_iters`, from its newest checkpoint or `iter_num`'s.
 
-    Raises ConfigError for one that leaves nothing to do.
+    Raises ConfigError for one that leaves nothing to do, or that would keep too many checkpoints.
     """
     config = TrainConfig.parse(read_object(run.config))
     reached = iter_num
@@ -20,7 +31,7 @@ def further(run: Run, max_iters: int | None = None, iter_num: int | None = None)
     last = config.max_iters if max_iters is None else max_iters
     if last is not None and last <= reached:
         raise ConfigError(f"max_iters is {last}; {run.name} has {reached} iterations behind it: give more")
-    return config.model_copy(update={"max_iters": last})
+    return config if last is None else lengthened(config, last)
 
 
 def require_resumable(state: dict[str, Any], name: str, config: TrainConfig) -> None:
