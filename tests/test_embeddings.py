@@ -130,6 +130,21 @@ def test_a_failure_is_a_server_error_and_gives_the_place_back(server):
     assert server.app.extensions["language_model_server"].streams.open == 0
 
 
+def test_an_engine_that_stalls_ends_the_wait_and_gives_the_place_back(server):
+    embed_one, ctx = server.engine.embed, server.app.extensions["language_model_server"]
+
+    def stall(*args):
+        generation = embed_one(*args)
+        server.engine.sequences[-1].events.get()  # the end never comes
+        ctx.stalled.set()
+        return generation
+
+    server.engine.embed = stall
+    reply = server.post("/v1/embeddings", {"input": "a"})
+    assert error(reply, 503)["code"] == "engine_down" and reply.headers["Retry-After"]
+    assert ctx.streams.open == 0 and server.engine.sequences[-1].cancelled
+
+
 # ---- the engine
 
 

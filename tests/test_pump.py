@@ -9,7 +9,7 @@ import pytest
 from live_server import until
 
 from inference.sequence import Bell
-from web.pump import Pump, paced, written
+from web.pump import Pump, looked_at, paced, written
 from web.worker import ReplySender
 
 
@@ -129,6 +129,21 @@ def test_a_stream_gets_a_moment_also_when_nothing_rings(reply):
     until(lambda: "pump" in quiet.source.asked_by)
     quiet.source.given.extend(["late", None])
     assert quiet.read() == b"late"
+
+
+def test_what_is_only_looked_at_is_taken_in_to_its_end_or_failure_by_the_pump(pump):
+    seen = []
+
+    def moments():
+        for moment in (1, None, 2):
+            seen.append((moment, threading.current_thread().name))
+            yield moment
+        if len(seen) > 3:
+            raise RuntimeError("it failed")
+
+    assert looked_at(moments(), pump) is None and seen == [(1, "pump"), (None, "pump"), (2, "pump")]
+    with pytest.raises(RuntimeError, match="it failed"):
+        looked_at(moments(), pump)
 
 
 def test_chunks_are_framed_as_gunicorn_would():

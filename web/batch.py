@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from inference.backend import ServedModel
-from inference.sequence import EngineDown, Failure, NoModel, PromptTooLong, SamplingParams
+from inference.sequence import NoModel, PromptTooLong, SamplingParams
 from storage.errors import NotFound
 from storage.files import quoted
 from storage.tokenizer import Tokenizer
@@ -19,10 +19,10 @@ from web.client import Client
 from web.completion import Completion, Piece, merged, settle
 from web.context import Context
 from web.errors import Refused
+from web.pump import looked_at
 from web.security import key_digest, requester
 
 LOOK = 0.1  # seconds between looks around while a whole reply is waited for
-STOP_LOOK = 0.02  # the same where a stop string may end it: the engine goes on until it is found
 LONGEST_TOKEN = 512  # bytes; no vocabulary that is accepted has a longer one
 
 
@@ -110,7 +110,7 @@ class Batch:
         self.completions: list[Completion] = []
         eot = model.tokenizer.eot
         ends = params.stop_token_ids | (frozenset() if params.ignore_eos or eot is None else frozenset({eot}))
-        self._check_engine()
+        context.require_engine()
         context.streams.enter()
         try:
             for index in range(n * len(prompts)):
@@ -156,22 +156,20 @@ class Batch:
         try:
             for piece in merged(self.completions):
                 self._client.check()
-                self._check_engine()
+                self._context.require_engine()
                 yield piece
         finally:
             self.close()
 
-    def _check_engine(self) -> None:
-        """Raise EngineDown when there is no use in waiting for the engine."""
-        if self._context.stalled.is_set():
-            raise EngineDown(Failure.STALLED)
-
     def finish(self) -> "Batch":
-        """Wait for the end of all completions."""
+        """Wait for the end of all completions; where a stop string may end one, each step is looked at."""
+        if self._stops and self._context.pump.running:  # the engine goes on until the stop string is seen
+            looked_at(iter(self), self._context.pump)
+            return self
         try:
-            for _ in settle(self.completions, STOP_LOOK if self._stops else LOOK):
+            for _ in settle(self.completions, LOOK):
                 self._client.check()
-                self._check_engine()
+                self._context.require_engine()
         finally:
             self.close()
         return self

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from flask import current_app
 
 from inference.backend import InferenceBackend
+from inference.sequence import EngineDown, Failure
 from storage.runs import Workspace
 from training.jobs import JobManager
 from web.catalogue import Catalogue
@@ -65,6 +66,11 @@ class Context:
     trying: threading.Lock = field(default_factory=threading.Lock)  # held by the one dry run at a time
     closing: threading.Event = field(default_factory=threading.Event)  # the server is stopping
     stalled: threading.Event = field(default_factory=threading.Event)  # the engine does not move
+
+    def require_engine(self) -> None:
+        """Raise EngineDown when there is no use in waiting for the engine."""
+        if self.stalled.is_set():
+            raise EngineDown(Failure.STALLED)
 
 
 def context() -> Context:

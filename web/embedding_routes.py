@@ -42,11 +42,12 @@ def _written(values: list[float], encoding: str) -> list[float] | str:
     return values if encoding == "float" else base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode("ascii")
 
 
-def _embedding(generation: Generation, client: Client) -> list[float]:
+def _embedding(ctx: Context, generation: Generation, client: Client) -> list[float]:
     """Wait for a vector. Raises GenerationFailed, OutOfTime, EngineDown and ClientGone."""
     while True:
         event = generation.next(IDLE)
         client.check()
+        ctx.require_engine()
         if isinstance(event, Finished):
             if event.reason is FinishReason.LENGTH:
                 return generation.embedding
@@ -71,7 +72,7 @@ def _vectors(
                 except QueueFull:
                     if not waiting:  # our own will make room, those of others may not
                         raise
-            yield _embedding(waiting[0], client)
+            yield _embedding(ctx, waiting[0], client)
             waiting.popleft()
     finally:
         for generation in waiting:

@@ -34,6 +34,20 @@ class Sender(Protocol):
         ...
 
 
+class Nobody:
+    """The sender of what is only looked at."""
+
+    def begin(self) -> None:
+        """Begin nothing."""
+
+    def send(self, data: bytes) -> bytes:
+        """Send nothing, of which nothing is left."""
+        return b""
+
+    def send_rest(self, rest: bytes) -> None:
+        """Send nothing."""
+
+
 class Stream:
     """The frames of one reply on their way to one client."""
 
@@ -86,8 +100,11 @@ class Pump:
         self._streams: set[Stream] = set()
         self._lock = threading.Lock()
 
+        self.running = False
+
     def start(self) -> None:
         """Begin, in a thread."""
+        self.running = True
         threading.Thread(target=self._run, name="pump", daemon=True).start()
 
     def take(self, stream: Stream) -> None:
@@ -114,6 +131,11 @@ def written(frames: Frames, sender: Sender, pump: Pump) -> Iterator[str]:
     """Write frames through the pump; gives nothing itself, but ends when all is written."""
     Stream(frames, sender).run(pump)
     yield from ()
+
+
+def looked_at(moments: Iterator[object], pump: Pump) -> None:
+    """Have the pump take in all `moments` as they come, None whenever there is none. Raises what they raise."""
+    Stream(("" for moment in moments if moment is None), Nobody()).run(pump)
 
 
 def paced(frames: Frames, bell: Bell) -> Iterator[str]:
