@@ -21,10 +21,10 @@ from storage.errors import StorageError
 from storage.runs import Run, Workspace
 from storage.tokenizer import Tokenizer
 from storage.tokenizer_choice import fitting, tokenizer_for
-from training.config import ConfigError, TrainConfig
+from training.config import TrainConfig
 from training.progress import PreparationLine
 from training.resumption import require_resumable
-from training.starting_point import check_fit, reference, require_memory, shorter_context
+from training.starting_point import check_fit, reference, require_known_tokens, require_memory, shorter_context
 
 
 def give(model: GPT, weights: dict[str, torch.Tensor]) -> None:
@@ -63,10 +63,7 @@ def start(config: TrainConfig, workspace: Workspace, run: Run, first: bool) -> t
         weights, shape, n_vocab = loaded.model.state_dict(), loaded.model.config, tokenizer.load(run.tokenizer).n_vocab
         shape = replace(shape, block_size=shorter_context(config, shape.block_size), dropout=config.dropout or 0.0)
         if n_vocab > loaded.tokenizer.n_vocab:
-            if config.lora_rank is not None:  # which leaves the embedding as it is
-                raise ConfigError(
-                    "lora_rank: adapters cannot learn the new tokens of chats; train all weights on chats first"
-                )
+            require_known_tokens(config, known=False)
             weights = with_rows(weights, loaded.tokenizer.n_vocab, n_vocab)
             shape = replace(shape, vocab_size=max(shape.vocab_size, n_vocab))
         weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: shape.block_size]

@@ -10,7 +10,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from fakes import byte_tokenizer
 
+from storage.chat_format import with_chat_tokens
 from storage.checkpoint_files import sha256_of
 from storage.errors import BadName, NoSpace, NotFound, NotWritable, StorageError
 from storage.files import temporary_beside, write_json
@@ -289,6 +291,25 @@ def test_what_cannot_work_is_refused_before_anything_is_written(place, fields, e
     with pytest.raises(error):
         place.manager().create(config(**fields))
     assert [entry.name for entry in place.workspace.out.iterdir()] == [".lock"] and not place.backend.started
+
+
+CHAT = '{"messages": [{"role": "user", "content": "1 and 2"}, {"role": "assistant", "content": "make 3, mostly."}]}\n'
+
+
+def test_adapters_on_chats_need_a_model_that_knows_their_tokens(place):
+    (place.workspace.data / "talk").mkdir()
+    (place.workspace.data / "talk" / "chat.jsonl").write_text(CHAT * 200)
+    base, manager = place.workspace.run("base"), place.manager()
+    base.folder.mkdir()
+    place.checkpoint("base")
+    byte_tokenizer().save(base.tokenizer)
+    adapters = config(dataset="talk", model_type=None, init_from="base", lora_rank=8)
+    with pytest.raises(ConfigError, match="lora_rank is 8, and talk holds chats: adapters cannot learn"):
+        manager.create(adapters)
+    assert not place.workspace.run("a").folder.exists()
+    assert manager.create(config("all", dataset="talk", model_type=None, init_from="base")).state == "running"
+    with_chat_tokens(byte_tokenizer()).save(base.tokenizer)
+    assert manager.create(adapters).state == "queued"
 
 
 def test_too_little_disk_space_is_refused_with_both_numbers(place, monkeypatch):

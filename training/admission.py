@@ -8,12 +8,14 @@ from collections.abc import Callable
 from typing import Any
 
 from storage import datasets, hub, registry, tokenizer
+from storage.chat_format import is_chat
 from storage.errors import BadName, NotFound
 from storage.files import require_space, require_writable
 from storage.runs import Run, Workspace
+from storage.tokenizer import Tokenizer
 from training import hardware
 from training.config import ConfigError, TrainConfig
-from training.starting_point import reference, require_elsewhere
+from training.starting_point import reference, require_elsewhere, require_known_tokens
 from training.trackers import require as require_trackers
 
 Allow = Callable[[registry.ModelReference], None]
@@ -44,6 +46,16 @@ def require_room(workspace: Workspace, size: int) -> None:
     require_space(workspace.out, size)
 
 
+def tokenizer_of(start: registry.ModelReference) -> Tokenizer | None:
+    """Return the tokenizer that lies beside a model, None if there is none: then it is GPT-2's. Raises NotLoadable."""
+    if start.path is None:
+        return None
+    try:
+        return tokenizer.load((start.path if start.path.is_dir() else start.path.parent) / "tokenizer.json")
+    except NotFound:
+        return None
+
+
 def check(config: TrainConfig, workspace: Workspace, run: Run, allow: Allow = allow_all) -> None:
     """Refuse a resolved config whose data or starting point would not do. Raises StorageError, ConfigError."""
     if (there := hardware.gpus()) > 0:  # where the driver says nothing, the trainer finds out
@@ -60,11 +72,13 @@ def check(config: TrainConfig, workspace: Workspace, run: Run, allow: Allow = al
         offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
         if start.kind == "pretrained" and offline:
             hub.fetch(start.id, workspace)  # finds it here, or refuses
-        beside = None if start.path is None else (start.path if start.path.is_dir() else start.path.parent)
-        if beside is not None and (beside / "tokenizer.json").exists():
-            name = tokenizer.load(beside / "tokenizer.json").name
+        text = tokenizer_of(start)
+        if text is not None:
+            name = text.name
         elif start.kind == "pretrained":
             name = "gpt2"
+        if source.is_known():  # else the trainer fetches it first
+            require_known_tokens(config, source.format() != "chat" or (text is not None and is_chat(text)))
     source.check(name, config.window or config.block_size)
 
 

@@ -39,6 +39,15 @@ def require_elsewhere(config: TrainConfig, run: Run) -> None:
         raise ConfigError(f"{run.relative} is what this training starts from; choose another output_dir, or resume it")
 
 
+def require_known_tokens(config: TrainConfig, known: bool) -> None:
+    """Raise ConfigError for adapters on chats whose tokens the model does not know: its embedding stays as it is."""
+    if config.lora_rank is not None and not known:
+        raise ConfigError(
+            f"lora_rank is {config.lora_rank}, and {config.dataset} holds chats: adapters cannot learn the new tokens "
+            "of chats; train all weights, or begin with a model that was trained on chats"
+        )
+
+
 def window_of(config: TrainConfig, context: int) -> int:
     """Return the tokens per window: as configured, and never more than the model's context."""
     return context if config.window is None else min(config.window, context)

@@ -4,8 +4,10 @@ The package retries 408, 409, 429 and 5xx with pauses; the counter of requests s
 """
 
 import json
+import shutil
 import threading
 import time
+from pathlib import Path
 
 import openai
 import pytest
@@ -20,6 +22,7 @@ from training import metrics
 from training.jobs import JobManager
 from web.settings import Settings
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 LINES = "".join(json.dumps({"prompt": f"What is {i}?", "completion": " A number."}) + "\n" for i in range(100))
 
 
@@ -106,6 +109,18 @@ def test_a_bad_file_names_its_lines(client):
     assert found.status == "error" and "line 2" in found.status_details
     with pytest.raises(openai.BadRequestError, match="line 2"):
         client.fine_tuning.jobs.create(model="nano", training_file=bad.id)
+
+
+def test_adapters_on_chats_are_refused_for_a_model_that_knows_none(served, client):
+    shutil.copytree(ROOT / "models" / "tiny-shakespeare", served.workspace.models / "tiny-shakespeare")
+    said = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "A small model."}]
+    uploaded = client.files.create(file=("chat.jsonl", json.dumps({"messages": said}).encode()), purpose="fine-tune")
+    file = client.files.wait_for_processing(uploaded.id)
+    with pytest.raises(openai.BadRequestError, match=f"lora_rank is 8, and {file.id} holds chats"):
+        client.fine_tuning.jobs.create(
+            model="tiny-shakespeare", training_file=file.id, extra_body={"lora_rank": 8, "window": 4}
+        )
+    assert list(client.fine_tuning.jobs.list()) == []
 
 
 def test_a_job_is_followed_to_its_model(served, client, file):
