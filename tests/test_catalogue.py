@@ -129,6 +129,17 @@ def test_a_run_on_the_allow_list_is_there_with_its_checkpoints(tmp_path, tokeniz
     assert [model["name"] for model in server.get("/api/models").json["trained_models"]] == ["mine"]
 
 
+def test_a_star_on_the_allow_list_lets_later_runs_in_and_nothing_else(tmp_path, tokenizer):
+    server = FakeServer(tmp_path, tokenizer, model_allow_list=("tiny", "out/*"))
+    assert server.get("/api/models").json["pretrained_models"] == []
+    run(server, "later", "ckpt.pt", "best.pt")
+    assert [model["name"] for model in server.get("/api/models").json["trained_models"]] == ["later"]
+    for name in ("later", "later/best", "out/later/ckpt.pt"):
+        complete(server, name)
+    shutil.copytree(BUNDLED, server.workspace.models / "other")
+    refusal(server.post("/v1/completions", {"model": "other", "prompt": "a"}), 403)
+
+
 def test_a_folder_in_models_has_its_name_before_it_is_loaded(server):
     shutil.copytree(BUNDLED, server.workspace.models / "other")
     assert "other" in {model["id"] for model in server.get("/v1/models").json["data"]}

@@ -7,6 +7,8 @@ file belongs to one run of the server: a new start overwrites it. No weights are
 
 import logging
 import threading
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,12 @@ def first_choice(settings: Settings) -> dict[str, str] | None:
     return {"model_type": settings.model_type or BUNDLED}
 
 
+def on_allow_list(settings: Settings, names: Iterable[str]) -> bool:
+    """Say whether the allow list, when there is one, has one of these names; a `*` in it stands for any text."""
+    allowed = settings.model_allow_list
+    return not allowed or any(fnmatchcase(name, entry) for name in names for entry in allowed)
+
+
 def is_allowed(settings: Settings, reference: ModelReference, name: str | None = None) -> bool:
     """Say whether the allow list, when there is one, has a model: its id, the path or the `name` that was asked for.
 
@@ -45,8 +53,7 @@ def is_allowed(settings: Settings, reference: ModelReference, name: str | None =
     """
     whole = reference.id if reference.kind == "registered" else reference.id.partition("/")[0]
     asked = set() if name is None else {name, name.partition(":ckpt-step-")[0]}
-    allowed = settings.model_allow_list
-    return not allowed or not ({reference.id, reference.label, whole} | asked).isdisjoint(allowed)
+    return on_allow_list(settings, {reference.id, reference.label, whole} | asked)
 
 
 def check_allowed(settings: Settings, reference: ModelReference, name: str | None = None) -> None:
@@ -114,8 +121,8 @@ class ModelLoader:
 
     def trained(self) -> list[dict[str, Any]]:
         """Return the runs that may be loaded."""
-        allowed = self._settings.model_allow_list
-        return [run for run in self._workspace.trained_models() if not allowed or run["name"] in allowed]
+        found = self._workspace.trained_models()
+        return [run for run in found if on_allow_list(self._settings, (run["name"], run["path"]))]
 
     def _remember(self, choice: dict[str, str] | None) -> None:
         try:

@@ -18,6 +18,7 @@ from web import sse
 from web.batch import Batch, context_tokens, encode, loaded_model, too_long
 from web.client import Client
 from web.context import context
+from web.loading import on_allow_list
 from web.schemas import BEFORE_ROUTES, Error, GenerateBody, Generated, LoadBody, Message, Models, NoFields, Status
 
 ERRORS: dict[str | int | HTTPStatus, Any] = BEFORE_ROUTES | {
@@ -76,8 +77,7 @@ def status() -> dict[str, Any]:
 def models() -> dict[str, Any]:
     """List the models that can be loaded."""
     ctx = context()
-    allowed = ctx.settings.model_allow_list
-    names = [name for name in pretrained_names(ctx.workspace) if not allowed or name in allowed]
+    names = [name for name in pretrained_names(ctx.workspace) if on_allow_list(ctx.settings, (name,))]
     return {"pretrained_models": names, "trained_models": ctx.loader.trained()}
 
 

@@ -55,7 +55,8 @@ class Settings:
     )
     model_allow_list: tuple[str, ...] = setting(
         (),
-        "names of the only models that may be loaded, each with its checkpoints and aliases; separated by commas",
+        "names of the only models that may be loaded, each with its checkpoints and aliases, `*` for any text; "
+        "separated by commas",
         also="MODEL_ALLOW_LIST",
     )
 
