@@ -51,6 +51,7 @@ TRAINING: Options = {
     "tensorboard": (bool, "Write TensorBoard's event files, too."),
     "wandb": (bool, "Send rows and samples to Weights & Biases, too."),
     "nproc_per_node": (int, "Processes that share each batch, on a GPU each or on the CPU."),
+    "max_restarts": (int, "How often several processes go on from the last checkpoint when one was killed."),
     "shard": (bool, "Split weights and moments among the processes."),
 }
 

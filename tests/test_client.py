@@ -296,6 +296,13 @@ def test_train_sends_options_and_settings_and_says_what_next(server):
     assert "jobs follow mine" in done.stderr and "load --model_path out/mine/ckpt.pt" in done.stderr
 
 
+def test_train_says_how_often_processes_start_again_and_zero_is_a_number(server):
+    run("train", "--dataset", "d", "--output_dir", "out/mine", "--nproc_per_node", "2", "--max_restarts", "0")
+    assert body_of(server) == {"dataset": "d", "output_dir": "out/mine", "nproc_per_node": 2, "max_restarts": 0}
+    done = run("train", "--dataset", "d", "--output_dir", "out/mine", "--max_restarts", "often")
+    assert done.exit_code == 2 and "--max_restarts" in done.stderr and len(server.requests) == 1
+
+
 @pytest.mark.parametrize(
     ("setting", "complaint"), [("bias", "key=value"), ("=3", "key=value"), ("max_iters=3", "twice")]
 )
