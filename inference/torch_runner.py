@@ -2,65 +2,25 @@
 
 It drives `GPT.hidden` with a KV cache, so that the model's mathematics is written once, in model.py.
 A step's rows go through the linears together, whatever sequences they belong to. On CPU their weights
-are packed once, by oneDNN, in the order in which this CPU reads them: a plain linear reorders or strides
-through its weights in every call, 2 to 4 times slower at one row and 1.5 times at sixteen.
-On CUDA, steps that only decode are replayed from graphs (decode_graphs.py).
+are packed (packed_linear.py). On CUDA, steps that only decode are replayed from graphs (decode_graphs.py).
 """
 
 import logging
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional as F
 
 from inference.decode_graphs import DecodeGraphs, Record, return_memory
 from inference.kv_cache import KVCache
+from inference.packed_linear import can_pack, fewest_rows, pack
 from inference.runner import check_copy, check_slot
 from model import GPT
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-FUSED = {"gelu": "none", "gelu_new": "tanh"}  # our activations in oneDNN's words
-
-
-class PackedLinear(nn.Module):
-    """y = activation(x W^T + b) for x (..., K), W (N, K); `activation` is one of model.ACTIVATIONS or None.
-
-    Differs from a plain linear in rounding alone.
-    """
-
-    def __init__(self, linear: nn.Linear, rows: int, activation: str | None = None):
-        """Pack for calls of about `rows` rows; any number works."""
-        super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows)
-        self.bias = None if linear.bias is None else linear.bias.detach()
-        self.fused = ("none", "") if activation is None else ("gelu", FUSED[activation])
-
-    def forward(self, x: Tensor) -> Tensor:
-        kind, algorithm = self.fused
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, kind, [], algorithm)
-        return y
-
-
-def _can_pack() -> bool:
-    """Say whether this build of torch and this CPU have the packed product."""
-    linear, x = nn.Linear(32, 32).requires_grad_(False), torch.ones(2, 32)
-    try:
-        return torch.allclose(PackedLinear(linear, 2)(x), linear(x), atol=1e-4)
-    except (RuntimeError, AttributeError):  # a build without oneDNN or without these operators
-        return False
-
-
-def _pack(model: GPT, rows: int) -> None:
-    """Replace a model's linears by packed ones, one by one, so that few weights exist twice at any time."""
-    for block in model.transformer["h"]:  # type: ignore[attr-defined]
-        block.attn.c_attn = PackedLinear(block.attn.c_attn, rows)
-        block.attn.c_proj = PackedLinear(block.attn.c_proj, rows)
-        block.mlp.c_fc = PackedLinear(block.mlp.c_fc, rows, model.config.activation)
-        block.mlp.activation = nn.Identity()  # in c_fc now
-        block.mlp.c_proj = PackedLinear(block.mlp.c_proj, rows)
-    model.lm_head = PackedLinear(model.lm_head, rows)  # type: ignore[assignment]
 
 
 class TorchRunner:
@@ -87,8 +47,10 @@ class TorchRunner:
         self.device, self.dtype, self.slots = device, dtype, slots
         self.block_size, self.vocab_size = config.block_size, config.vocab_size
         model = model.to(device=device, dtype=DTYPES[dtype]).eval().requires_grad_(False)
-        if device == "cpu" and _can_pack():
-            _pack(model, rows=slots)
+        self._fewest = 1  # rows that are computed at least
+        if device == "cpu" and can_pack(DTYPES[dtype]):
+            pack(model, rows=slots)
+            self._fewest = fewest_rows()
         self._model: GPT | None = model
         places = slots if record is None else slots + 1
         shape = (config.n_layer, places, config.n_head, config.block_size, config.head_size)
@@ -119,8 +81,10 @@ class TorchRunner:
                 return replayed
             self._launch_all()
         model, hidden = self._compute(tokens, slots, positions, want)
+        if 0 < len(want) < self._fewest:
+            hidden = F.pad(hidden, (0, 0, 0, self._fewest - len(want)))
         logits: Tensor = model.lm_head(hidden)
-        return logits.float()
+        return logits[: len(want)].float()
 
     @torch.inference_mode()
     def hidden(
@@ -135,7 +99,9 @@ class TorchRunner:
         """Return the model and the final hidden states (len(want), C) of the wanted rows."""
         if self._model is None or self._cache is None:
             raise RuntimeError("the runner is closed")
-        ids, places, wanted = (torch.tensor(x, dtype=torch.long, device=self.device) for x in (tokens, positions, want))
+        padding = [0] * (self._fewest - len(tokens))  # rows of no slot, which the cache neither stores nor attends to
+        inputs = ([*tokens, *padding], [*positions, *padding], want)
+        ids, places, wanted = (torch.tensor(x, dtype=torch.long, device=self.device) for x in inputs)
         self._cache.begin(slots, positions)
         return self._model, self._model.hidden(ids[None], self._cache, places[None])[0][wanted]
 

@@ -20,6 +20,7 @@ WITH_TORCH = {
     "inference/native/compact.py",
     "inference/native/packing.py",
     "inference/native_runner.py",
+    "inference/packed_linear.py",
     "inference/penalties.py",
     "inference/runner.py",
     "inference/sampling.py",

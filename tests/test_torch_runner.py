@@ -1,6 +1,10 @@
 """The torch runner: ragged rows give the logits of the whole forward, and choosing a runner."""
 
+import mmap
+import platform
 import random
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inference import build as building
+from inference import packed_linear
 from inference.build import RunnerOptions, build_runner, choose, fingerprint, pick_device
 from inference.torch_runner import TorchRunner
 from model import GPT, GPTConfig
@@ -191,6 +196,48 @@ def test_bf16_stays_near_fp32() -> None:
     expected = torch.stack([whole(model, ids)[-1] for ids in texts])
     assert logits.dtype == torch.float32
     assert (logits - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_bf16_is_served_where_the_cpu_does_not_multiply_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(linear: torch.nn.Linear, *_: object) -> None:  # what oneDNN says with AVX2 alone
+        if linear.weight.dtype == torch.bfloat16:
+            raise RuntimeError("bf16 path needs the cpu support avx_ne_convert or avx512bw, avx512vl and avx512dq")
+        raise AssertionError("only bf16 is asked for")
+
+    monkeypatch.setattr(packed_linear, "PackedLinear", refuse)
+    ids = [(i * 7) % V for i in range(30)]
+    logits = feed(TorchRunner(tiny(), 1, dtype="bf16"), ids, 0, [12, 18])
+    expected = whole(tiny(), ids)
+    assert (logits - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+@pytest.mark.parametrize("fewest", [1, 4])
+def test_a_step_of_few_rows_gives_the_rows_that_are_wanted(fewest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inference.torch_runner.fewest_rows", lambda: fewest)
+    runner, expected = TorchRunner(tiny(), slots=3), whole(tiny(), [5, 6, 7])
+    assert runner.rows([5, 5], [0, 2], [0, 0], []).shape == (0, V)
+    assert runner.rows([6], [2], [1], []).shape == (0, V)
+    torch.testing.assert_close(runner.rows([7], [2], [2], [0]), expected[[2]], atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(runner.rows([6], [0], [1], [0, 0]), expected[[1, 1]], atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(runner.hidden([7], [0], [2], [0]), runner.hidden([7], [2], [2], [0]))
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="needs Linux with huge pages")
+def test_memory_is_put_into_huge_pages_and_keeps_what_it_holds() -> None:
+    def huge() -> int:
+        found = re.search(r"AnonHugePages:\s+(\d+) kB", Path("/proc/self/smaps_rollup").read_text())
+        return int(found[1]) * 1024 if found else 0
+
+    memory = mmap.mmap(-1, 16 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    numbers = torch.frombuffer(memory, dtype=torch.int32).copy_(torch.arange(4 << 20))
+    before = huge()
+    packed_linear.ask_for_huge_pages(numbers.data_ptr(), 1000)
+    assert huge() == before
+    packed_linear.ask_for_huge_pages(numbers.data_ptr() + 1000, numbers.nbytes - 2000)
+    if tuple(map(int, platform.release().split(".")[:2])) >= (6, 1):  # earlier ones do it when they find the time
+        assert huge() - before >= 12 << 20
+    assert torch.equal(numbers, torch.arange(4 << 20, dtype=torch.int32))
 
 
 def test_a_precision_it_does_not_have_is_refused() -> None:
