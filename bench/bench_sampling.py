@@ -50,7 +50,7 @@ def measure(runner: NativeRunner, steps: int) -> tuple[Figure, dict[str, Figure]
         order.append(order.pop(0))
         for name in order:
             start = time.perf_counter()
-            chosen = sample(logits, asked[name], greatest, runner.draw)
+            chosen = sample(logits, asked[name], greatest, runner.draw, runner.logprobs)
             kinds[name].samples.append((time.perf_counter() - start) * 1e3)
         tokens = [token.token_id if token is not None else 0 for token in chosen]
     return step, kinds

@@ -136,7 +136,8 @@ class Lane:
             sequence = share.sequence
             if share.scores:
                 following = sequence.prompt_ids[sequence.computed + 1 :][: share.scores]
-                scores = score(logits[row : row + share.scores], following, sequence.params.logprobs)
+                asked, top = logits[row : row + share.scores], sequence.params.logprobs
+                scores = score(asked, following, top, self.runner.logprobs)
                 scored.append((sequence, scores))
             row += share.scores + share.samples
             last += range(row - share.samples, row)
@@ -144,7 +145,7 @@ class Lane:
         best = self.runner.last_argmax
         greatest = None if best is None else [best[row] for row in last]
         rows = logits if len(last) == len(logits) else logits[last]
-        chosen = iter(sample(rows, choosing, greatest, self.runner.draw) if last else ())
+        chosen = iter(sample(rows, choosing, greatest, self.runner.draw, self.runner.logprobs) if last else ())
         step.advance()
         for sequence, scores in scored:
             sequence.prompt_logprobs.extend(scores)

@@ -13,6 +13,7 @@ import weakref
 from array import array
 from collections.abc import Callable, Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +21,11 @@ from torch import Tensor
 from inference.native.build import CannotBuild, library
 from inference.native.machine import available_cores
 from inference.native.packing import CACHE_BLOCK, KINDS, Arena, Layer, Model, Weights, pack, up_to
-from inference.runner import Knobs, check_copy, check_slot
+from inference.runner import Knobs, Scored, check_copy, check_slot
 from inference.speculation import ROWS
 from model import GPTConfig
 
-VERSION = 7  # as in step.cpp
+VERSION = 8  # as in step.cpp
 GREATEST_WIDTH = 16384  # beyond it int8 sums could leave 32 bits
 
 _P, _L = ctypes.c_void_p, ctypes.c_long
@@ -41,7 +42,8 @@ def _load() -> ctypes.CDLL:
     lib.step_open.argtypes, lib.step_open.restype = [ctypes.POINTER(Model)], _P
     lib.step_close.argtypes, lib.step_close.restype = [_P], None
     lib.step_rows.argtypes, lib.step_rows.restype = [_P, _L, _P, _P, _P, _L, *[_P] * 4], _L
-    lib.step_draw.argtypes, lib.step_draw.restype = [_P, _L, _L, _L, _P, _P, _P], None
+    lib.step_draw.argtypes, lib.step_draw.restype = [_P, _L, _P, _L, _L, *[_P] * 3], None
+    lib.step_logprobs.argtypes, lib.step_logprobs.restype = [_P, _L, _P, _L, _L, *[_P] * 3, _L, _P, _P], None
     if not lib.step_agrees(VERSION, ctypes.sizeof(Model)):
         raise CannotBuild(f"{path} has another version of the interface")
     return lib
@@ -130,14 +132,39 @@ class NativeRunner:
         self._compute(tokens, slots, positions, want, order, (None, None, hidden.data_ptr()))
         return hidden if list(want) == order else hidden[[order.index(row) for row in want]]
 
-    def draw(self, logits: Tensor, knobs: Sequence[Knobs]) -> list[int]:
-        """Return a token for each row of logits (see ModelRunner.draw)."""
+    def draw(self, logits: Tensor, rows: Sequence[int], knobs: Sequence[Knobs]) -> list[int]:
+        """Return a token for each of the rows of logits (see ModelRunner.draw)."""
+        self._check(logits, rows, knobs)
+        at, numbers, chosen = array("q", rows), array("d", chain.from_iterable(knobs)), array("q", bytes(8 * len(rows)))
+        self._lib.step_draw(self._step, *_lie(logits, at), _address(numbers), _address(chosen))
+        return chosen.tolist()
+
+    def logprobs(self, logits: Tensor, rows: Sequence[int], ids: Sequence[int], tops: Sequence[int]) -> list[Scored]:
+        """Return the log-probabilities in each of the rows of logits (see ModelRunner.logprobs)."""
+        self._check(logits, rows, ids, tops)
+        count, most = len(rows), max(tops, default=0)
+        if count and not (0 <= min(ids) and max(ids) < logits.size(1) and 0 <= min(tops) and most <= logits.size(1)):
+            raise ValueError(f"ids are {list(ids)} and tops {list(tops)}; a row has {logits.size(1)} logits")
+        at, given, tells = array("q", rows), array("q", ids), array("q", tops)
+        values, places = array("d", bytes(8 * count * (1 + most))), array("q", bytes(8 * count * most))
+        to = (_address(given), _address(tells), most, _address(values), _address(places))
+        self._lib.step_logprobs(self._step, *_lie(logits, at), *to)
+        found: list[Scored] = []
+        for i, top in enumerate(tops):
+            own, *others = values[i * (1 + most) : i * (1 + most) + 1 + top]
+            found.append((own, tuple(zip(places[i * most : i * most + top], others, strict=True))))
+        return found
+
+    def _check(self, logits: Tensor, rows: Sequence[int], *entries: Sequence[object]) -> None:
+        """Raise ValueError unless there are such rows, and `entries` have one for each of them."""
         if self._step is None:
             raise ValueError("the runner is closed")
-        numbers, chosen = array("d", chain.from_iterable(knobs)), array("q", bytes(8 * len(knobs)))
-        (rows, width), to = logits.shape, (numbers.buffer_info()[0], chosen.buffer_info()[0])
-        self._lib.step_draw(self._step, rows, width, logits.stride(0), logits.data_ptr(), *to)
-        return chosen.tolist()
+        if logits.dtype != torch.float32 or logits.stride(1) != 1:
+            raise ValueError("the logits of a row must be float32 and lie one after the other")
+        if any(len(part) != len(rows) for part in entries):
+            raise ValueError(f"{len(rows)} rows do not match {[len(part) for part in entries]} entries")
+        if rows and not 0 <= min(rows) <= max(rows) < len(logits):
+            raise ValueError(f"rows are {list(rows)}; there are {len(logits)}")
 
     def _compute(
         self,
@@ -183,6 +210,15 @@ class NativeRunner:
         """Give back weights, cache and threads. Logits returned before stay valid."""
         self._step = self._arena = None
         self._close()
+
+
+def _address(numbers: "array[Any]") -> int:
+    return numbers.buffer_info()[0]
+
+
+def _lie(logits: Tensor, rows: "array[int]") -> tuple[int, int, int, int, int]:
+    """Return how many rows are meant and which, how long they are, how far apart, and where the first is."""
+    return len(rows), _address(rows), logits.size(1), logits.stride(0), logits.data_ptr()
 
 
 def _release(close: Callable[[int], None], step: int, kept: list[object]) -> None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 Knobs = tuple[float, float, float, float, float]  # a random number from 0 to 1, temperature, top_p, min_p, top_k
 UNSETTLED, UNSOUND = -1, -2  # instead of a token
+Scored = tuple[float, tuple[tuple[int, float], ...]]  # a token's log-probability; the most probable ones and theirs
 
 
 class ModelRunner(Protocol):
@@ -54,11 +55,20 @@ class ModelRunner(Protocol):
         ...
 
     @property
-    def draw(self) -> "Callable[[Tensor, Sequence[Knobs]], list[int]] | None":
-        """Draw a token from each row of its logits by top_k and the rest; None: it cannot, sampling.py has to.
+    def draw(self) -> "Callable[[Tensor, Sequence[int], Sequence[Knobs]], list[int]] | None":
+        """Draw a token from each of the given rows of logits (n, w) by its knobs; None: it cannot, sampling.py has to.
 
         Gives UNSETTLED where so many logits tie with the k-th that sampling.py has to, and UNSOUND where the greatest
-        is no finite number.
+        is no finite number. Raises ValueError for rows out of bounds.
+        """
+        ...
+
+    @property
+    def logprobs(self) -> "Callable[[Tensor, Sequence[int], Sequence[int], Sequence[int]], list[Scored]] | None":
+        """Give for each of the given rows of logits (n, w) the log-probability of ids[i], and the tops[i] greatest.
+
+        These fall, equals by id; all are NaN where a logit is. None: it cannot, sampling.py has to. Raises ValueError
+        for rows, ids or tops out of bounds.
         """
         ...
 

@@ -34,7 +34,7 @@ class TorchRunner:
     name = "torch"
     independent = False
     own_threads = False
-    draw = None
+    draw = logprobs = None
 
     def __init__(self, model: GPT, slots: int, device: str = "cpu", dtype: str = "fp32", record: Record | None = None):
         """`record` makes graphs of decode steps, which take one more slot of the cache; None: every step is launched.

@@ -16,8 +16,6 @@ from torch.nn import functional as F
 
 from inference.native import build
 from inference.native_runner import NativeRunner
-from inference.sampling import sample
-from inference.sequence import SamplingParams, Sequence
 from model import GPT, GPTConfig
 from storage import pretrained
 from storage.inspection import inspect_checkpoint
@@ -210,101 +208,6 @@ def test_want_may_be_in_any_order_repeat_and_be_empty():
     assert runner.last_argmax == everything[[3, 0, 3]].argmax(1).tolist()
     assert runner.rows([1], [0], [0], []).shape == (0, 65)
     assert runner.last_argmax == []
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("width", [5, 64, 65, 1000, 4111])
-@pytest.mark.parametrize("scale", [0.3, 5])
-def test_tokens_are_drawn_as_sampling_draws_them(width, scale, threads):
-    runner = NativeRunner(model_of(SHAPES["odd"]), slots=2, dtype="fp32", threads=threads)
-    random = torch.Generator().manual_seed(width)
-    logits = (torch.randn(60, width + 3, generator=random) * scale)[:, :width]  # rows lie apart
-    logits[40:45], logits[45:50] = logits[40:45].round(), logits[45:50].sign()  # some tie, and many
-    asked = [
-        SamplingParams(
-            seed=i,
-            temperature=(0.1, 0.8, 1.5)[i % 3],
-            top_k=(0, 1, 0, 4, 300)[i % 5],
-            top_p=(1, 0.9, 0.3, 0.9999)[i // 3 % 4],
-            min_p=(0, 0, 0, 0.02)[i % 4],
-        )
-        for i in range(60)
-    ]
-    expected = sample(logits, [Sequence([0], p) for p in asked])
-    best = logits.argmax(1).tolist()
-    assert sample(logits, [Sequence([0], p) for p in asked], best, runner.draw) == expected
-    few = runner.draw(logits, [(0.5, 1.0, 1.0, 0.1, 2) for _ in asked])
-    assert min(few[:40]) >= 0 and (set(few[45:50]) == {-1} or width == 5)
-    assert torch.equal(prefill(runner, [1, 2]), prefill(runner, [1, 2]))  # steps go on
-
-
-def row_of(kind, width):
-    """Return a row of logits: scattered, all alike, with equals, with some forbidden, or with one far ahead."""
-    row = torch.randn(1, width, generator=torch.Generator().manual_seed(1)) * (0.2 if kind == "flat" else 3)
-    if kind == "alike":
-        row.zero_()
-    elif kind == "equals":
-        row = (row / 3).round()
-    elif kind == "forbidden":
-        row[:, ::3] = -torch.inf
-    elif kind == "ahead":
-        row[:, 7] = 90.0
-    return row
-
-
-@pytest.mark.parametrize("kind", ["scattered", "flat", "alike", "equals", "forbidden", "ahead"])
-@pytest.mark.parametrize(
-    "knobs",
-    [
-        (1.0, 1.0, 0.0),
-        (0.7, 1.0, 0.0),
-        (1.0, 0.6, 0.0),
-        (0.7, 0.95, 0.0),
-        (1.0, 0.0, 0.0),
-        (1.0, 1 - 2**-53, 0.0),
-        (1.0, 1.0, 0.02),
-        (1.0, 0.9, 0.01),
-        (1.0, 0.9, 1.0),
-        (1e-5, 0.9, 0.0),
-    ],
-)
-@pytest.mark.parametrize("width", [1, 300, 3000])
-def test_what_is_drawn_follows_the_softmax_and_its_cuts(kind, knobs, width):
-    temperature, top_p, min_p = knobs
-    runner = NativeRunner(model_of(SHAPES["odd"]), slots=2, dtype="fp32", threads=2)
-    logits = row_of(kind, max(width, 8))[:, -width:]
-    weights = ((logits[0] - logits.max()).double() / temperature).exp()
-    order = weights.argsort(descending=True, stable=True)
-    before = weights[order].cumsum(0) - weights[order]
-    weights[order[(before >= top_p * weights.sum()) & (before > 0) & (torch.tensor(top_p) < 1)]] = 0
-    weights[weights < min_p] = 0
-    draws = 4000
-    evenly = [((i + 0.5) / draws, temperature, top_p, min_p, 0) for i in range(draws)]
-    drawn = torch.tensor(runner.draw(logits.expand(draws, -1), evenly))
-    counts = torch.bincount(drawn, minlength=width)
-    assert (counts / draws - weights / weights.sum()).abs().max() < 1.5 / draws
-    assert drawn.diff().min() >= 0  # laid out by id
-
-
-@pytest.mark.parametrize("rest", [{}, {"min_p": 0.3}, {"top_p": 0.9}, {"top_p": 0.5, "min_p": 0.001}], ids=str)
-def test_a_flat_row_is_drawn_from_as_sampling_does(rest):
-    logits = torch.randn(40, 50257, generator=torch.Generator().manual_seed(1)) * 0.3
-    asked = [SamplingParams(temperature=0.8, top_k=0, seed=i, **rest) for i in range(40)]
-    expected = sample(logits, [Sequence([0], p) for p in asked])
-    for threads in (1, 2):
-        runner = NativeRunner(model_of(SHAPES["odd"]), slots=2, dtype="fp32", threads=threads)
-        found = sample(logits, [Sequence([0], p) for p in asked], logits.argmax(1).tolist(), runner.draw)
-        assert [token == other for token, other in zip(found, expected, strict=True)].count(False) <= 1  # rounding
-
-
-def test_a_row_that_is_no_number_has_no_token_drawn_and_disturbs_no_other():
-    runner = NativeRunner(model_of(SHAPES["odd"]), slots=2, dtype="fp32", threads=1)
-    logits = torch.randn(6, 200)
-    logits[1], logits[2], logits[3, 7], logits[4, ::2] = -torch.inf, torch.nan, torch.inf, -torch.inf
-    logits[5] = 0.0  # all tie
-    found = runner.draw(logits, [(0.99, 1.0, 1.0, 0.0, 5)] * 6)
-    assert found[1:4] == [-2, -2, -2] and found[4] % 2 == 1 and found[5] == -1
-    assert found[0] in logits[0].topk(5).indices.tolist()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -302,10 +302,10 @@ def greatest(logits: torch.Tensor) -> list[int]:
     return torch.where(unsound, logits.size(-1), logits.argmax(-1)).tolist()
 
 
-def draw(logits: torch.Tensor, knobs: list[Any]) -> list[int]:
+def draw(logits: torch.Tensor, rows: list[int], knobs: list[Any]) -> list[int]:
     """Draw as a runner may: where more logits tie with the k-th than it looks at, it leaves the row."""
     found = []
-    for values, (u, temperature, top_p, min_p, top_k) in zip(logits, knobs, strict=True):
+    for values, (u, temperature, top_p, min_p, top_k) in zip(logits[rows], knobs, strict=True):
         if not values.max().isfinite():
             found.append(-2)
         elif top_k and (values >= values.topk(int(top_k)).values[-1]).sum() >= top_k + 8:
@@ -316,6 +316,12 @@ def draw(logits: torch.Tensor, knobs: list[Any]) -> list[int]:
             one.generator = SimpleNamespace(random=lambda u=u: u)
             found.append(sample(values[None], [one])[0].token_id)
     return found
+
+
+def logprobs(logits: torch.Tensor, rows: list[int], ids: list[int], tops: list[int]) -> list[Any]:
+    """Find log-probabilities as a runner does."""
+    tokens = [score(logits[i : i + 1], [token_id], top)[0] for i, token_id, top in zip(rows, ids, tops, strict=True)]
+    return [(token.logprob, token.top) for token in tokens]
 
 
 @settings(max_examples=60, deadline=None)
@@ -335,6 +341,7 @@ def test_a_runner_that_draws_changes_no_token(rows: list[Any], seed: int, size: 
     rows = [{**p, "output": tuple(i % size for i in p["output"])} for p in rows]
     expected = sample(logits, [sequence(**p) for p in rows])
     assert sample(logits, [sequence(**p) for p in rows], greatest(logits), draw) == expected
+    assert sample(logits, [sequence(**p) for p in rows], greatest(logits), draw, logprobs) == expected
 
 
 def test_rows_that_nothing_changes_need_no_pass_where_a_runner_draws(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,7 +350,19 @@ def test_rows_that_nothing_changes_need_no_pass_where_a_runner_draws(monkeypatch
     expected = sample(logits, [sequence(**p) for p in asked])
     known = [token.token_id for token in expected if token is not None]
     monkeypatch.setattr("inference.sampling._sample", lambda *_: pytest.fail("the logits are passed over"))
-    assert sample(logits, [sequence(**p) for p in asked], greatest(logits), lambda *_: known) == expected
+    monkeypatch.setattr("inference.sampling._tokens", lambda *_: pytest.fail("the logits are passed over"))
+    scores = [(token.logprob, token.top) for token in expected[2:] if token is not None]
+    found = sample(logits, [sequence(**p) for p in asked], greatest(logits), lambda *_: known, lambda *_: scores)
+    assert found == expected
+
+
+def test_a_prompt_is_scored_by_a_runner_that_can(size: int) -> None:
+    logits = torch.randn(3, size)
+    expected = score(logits, [4, 5, 6], 2)
+    asked: list[Any] = []
+    assert score(logits, [4, 5, 6], 2, lambda *p: asked.append(p[1:]) or logprobs(*p)) == expected
+    assert asked == [([0, 1, 2], [4, 5, 6], [2, 2, 2])]
+    assert len(score(logits, [4], 10**6, logprobs)[0].top) == size
 
 
 @pytest.mark.parametrize(("logprobs", "reads"), [(None, 1), (3, 2)])

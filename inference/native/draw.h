@@ -169,32 +169,31 @@ inline long keep_between(const float *w, long n, float least, float limit, float
 
 struct Border { float least; long ties; };  // weights above `least` stay, and the first `ties` of its equals
 
-// Find where the falling weights of a row reach `goal`, at least the weight `low`: halves the weights in question by their
+// Find where the falling weights of a row reach `goal`, at `low` or above it: halves the weights in question by their
 // bits, which are in the order of the weights, and drops what is settled as soon as that is half.
 inline Border border(double goal, float low, DrawRoom &room) {
     constexpr auto value = [](uint32_t bits) { return std::bit_cast<float>(bits); };
     uint32_t least = std::bit_cast<uint32_t>(low), limit = std::bit_cast<uint32_t>(1.f) + 1;
     const float *w = room.weights();
-    long size = room.size();
-    double before = 0;  // the mass of greater ones that were dropped
-    Part from = part_from(w, size, low), above{};  // of w: what reaches `least` and `limit`
+    long size = room.size(), count = size;  // of w, and at most so many reach `least`
+    Part above{};                           // what of w reaches `limit`
+    double before = 0;                      // the mass of greater ones that were dropped
     room.some.resize(room.lines.size());
     const auto narrow = [&] {
-        before += above.mass;
-        from = {keep_between(w, size, value(least), value(limit), room.some[0].at), from.mass - above.mass}, above = {};
-        w = room.some[0].at, size = (from.count + GROUP - 1) / GROUP * GROUP;
+        count = keep_between(w, size, value(least), value(limit), room.some[0].at);
+        w = room.some[0].at, size = (count + GROUP - 1) / GROUP * GROUP, before += above.mass, above = {};
     };
-    while (limit - least > 1 && from.count - above.count > FEW_LEFT) {
-        if (2 * (from.count - above.count) <= size) narrow();
+    while (limit - least > 1 && count - above.count > FEW_LEFT) {
+        if (2 * (count - above.count) <= size) narrow();
         const uint32_t middle = least + (limit - least) / 2;
         const Part part = part_from(w, size, value(middle));
-        if (before + part.mass >= goal) least = middle, from = part;
+        if (before + part.mass >= goal) least = middle, count = part.count;
         else limit = middle, above = part;
     }
     narrow();
-    std::sort(room.some[0].at, room.some[0].at + from.count, std::greater<>());
+    std::sort(room.some[0].at, room.some[0].at + count, std::greater<>());
     Border found{value(least), 0};
-    for (long i = 0; i < from.count && before < goal; before += w[i++])
+    for (long i = 0; i < count && before < goal; before += w[i++])
         found = {w[i], i && w[i] == found.least ? found.ties + 1 : 1};
     return found;
 }

@@ -8,9 +8,9 @@
 #include "attention.h"
 #include "product.h"
 #include "team.h"
-#include "draw.h"
+#include "logprobs.h"
 
-constexpr long VERSION = 7;  // of the structures and functions that inference/native_runner.py also knows
+constexpr long VERSION = 8;  // of the structures and functions that inference/native_runner.py also knows
 constexpr long ROWS = 512;   // rows computed at once; a longer step is cut into such parts, which changes no result
 constexpr long FEW = 2;      // so many rows are prepared by every thread for itself, which costs less than to meet
 
@@ -238,6 +238,14 @@ struct Step {
         else forward<INT8>(me);
     }
 
+    // Do work(0, room) to work(count - 1, room) with rows of finished logits, shared out to the threads.
+    void after_rows(long count, std::function<void(long, DrawRoom &)> work) {
+        if (count == 0) return;
+        after = {count, std::move(work)};
+        team.run();
+        after.rows = 0;
+    }
+
     // Where the greatest of n numbers is; the first of equals. n where one is NaN.
     static long greatest(const float *z, long n) {
         Vec most = all(-INFINITY);
@@ -303,11 +311,21 @@ long step_rows(Step *step, long count, const long *token, const long *slot, cons
     return -1;
 }
 
-// Draw a token from each row of logits by its knobs; see draw() for what is no token.
-void step_draw(Step *step, long rows, long width, long stride, const float *logits, const Knobs *knobs, long *chosen) {
-    step->after = {rows, [=](long i, DrawRoom &room) { chosen[i] = draw(logits + i * stride, width, knobs[i], room); }};
-    step->team.run();
-    step->after.rows = 0;
+// Draw a token from each of `count` rows of logits, row[i] * stride apart, by its knobs; see draw() for what is no token.
+void step_draw(Step *step, long count, const long *row, long width, long stride, const float *logits, const Knobs *knobs,
+               long *chosen) {
+    step->after_rows(count, [=](long i, DrawRoom &room) {
+        chosen[i] = draw(logits + row[i] * stride, width, knobs[i], room);
+    });
+}
+
+// Find log-probabilities in each of `count` rows of logits: of id[i] and the top[i], at most `most`, most probable ones.
+// `values` has room for 1 + `most` of each, `ids` for `most`; see log_probabilities().
+void step_logprobs(Step *step, long count, const long *row, long width, long stride, const float *logits, const long *id,
+                   const long *top, long most, double *values, long *ids) {
+    step->after_rows(count, [=](long i, DrawRoom &room) {
+        log_probabilities(logits + row[i] * stride, width, id[i], top[i], values + i * (1 + most), ids + i * most, room);
+    });
 }
 #pragma GCC visibility pop
 }
