@@ -199,8 +199,8 @@ def _problem(file: UserFile) -> str | None:
             return problem
     try:
         empty = scan(pieces(file.folder, sources(file.folder))).characters == 0
-    except StorageError as e:
-        return str(e)
+    except StorageError as e:  # which knows the file by our name
+        return f"the file{str(e).removeprefix(file.stored_as)}"
     return "the file has no text" if empty else None
 
 

@@ -138,7 +138,13 @@ def test_a_wrong_form_is_refused_by_name(server, form, words):
 
 
 def test_json_is_no_upload(server):
-    assert server.post("/v1/files", {"file": "a", "purpose": "fine-tune"}).status_code in (400, 415)
+    reply = server.post("/v1/files", {"file": "a", "purpose": "fine-tune"})
+    assert reply.status_code == 415 and "multipart/form-data" in reply.json["error"]["message"]
+
+
+def test_a_compressed_form_is_refused(server):
+    form = {"file": (io.BytesIO(GOOD), "a.jsonl"), "purpose": "fine-tune"}
+    assert server.client.post("/v1/files", data=form, headers={"Content-Encoding": "gzip"}).status_code == 415
 
 
 def test_a_large_file_is_refused_and_leaves_nothing(server, tmp_path):

@@ -57,7 +57,7 @@ TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_
 FIXED = {
     404: "there is nothing at this path; GET /docs lists every route",
     405: "this path does not have this method",
-    413: "the body is larger than the server accepts",
+    413: "the body is larger, or a form of more parts, than the server accepts",
     429: "too many requests",
 }
 

@@ -21,8 +21,8 @@ from web.errors import Refused
 from web.openai_schemas import OpenAIError
 from web.paging import PageQuery, page
 from web.schemas import BEFORE_ROUTES, FileForm, Reply
+from web.strict_json import expect_upload
 
-MULTIPART_BYTES = 64 * 1024  # of an upload's body beside the file
 PAGE = 10_000
 TYPES = {".jsonl": "application/jsonl", ".txt": "text/plain; charset=utf-8", "": "application/octet-stream"}
 ERRORS: dict[str | int | HTTPStatus, Any] = BEFORE_ROUTES | dict.fromkeys((400, 401, 403, 413, 415), OpenAIError)
@@ -97,9 +97,9 @@ def describe(file: UserFile) -> dict[str, Any]:
 
 
 @routes.before_request
-def _allow_large_uploads() -> None:
+def _expect_upload() -> None:
     if request.endpoint == "files.upload":
-        request.max_content_length = context().settings.max_upload_bytes + MULTIPART_BYTES
+        expect_upload(context().settings.max_upload_bytes)
 
 
 @routes.post("/v1/files", responses={200: FileObject, 413: OpenAIError})

@@ -52,17 +52,17 @@ from web.schemas import (
     UploadedDataset,
     UploadForm,
 )
+from web.strict_json import expect_upload
 
-MULTIPART_BYTES = 64 * 1024  # of an upload's body beside the file
 ERRORS: dict[str | int | HTTPStatus, Any] = BEFORE_ROUTES | {400: Error, 401: Error, 403: Error, 413: Error, 415: Error}
 
 routes = APIBlueprint("jobs", __name__, abp_tags=[Tag(name="training")], abp_responses=ERRORS)
 
 
 @routes.before_request
-def _allow_large_uploads() -> None:
+def _expect_upload() -> None:
     if request.endpoint == "jobs.upload_dataset":
-        request.max_content_length = context().settings.max_upload_bytes + MULTIPART_BYTES
+        expect_upload(context().settings.max_upload_bytes)
 
 
 def _dry_run(ctx: Context, asked: TrainConfig) -> dict[str, Any]:

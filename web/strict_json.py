@@ -4,7 +4,7 @@
 flask-openapi3 read bodies through it. Refused: other content types, compressed bodies, what is not
 UTF-8, top-level values other than an object, NaN and infinities, long integers, repeated keys, deep
 nesting, lone surrogates. An empty body is an empty object. It also knows whether the body has been
-read, because an error reply to an unread body must close the connection.
+read, because an error reply to an unread body must close the connection. Uploads are forms (`expect_upload`).
 """
 
 import json
@@ -12,6 +12,7 @@ import math
 from typing import IO, Any
 
 from flask import Request, Response, request
+from werkzeug.datastructures import Headers
 from werkzeug.exceptions import (
     BadRequest,
     ClientDisconnected,
@@ -26,6 +27,8 @@ from web.errors import Refused
 
 DIGITS = 20  # of an integer
 DEPTH = 64  # of nested objects and lists
+FORMS = ("multipart/form-data", "application/x-www-form-urlencoded", "")  # the last two without a file
+MULTIPART_BYTES = 64 * 1024  # of an upload's body beside the file
 
 
 class BadField(ValueError):
@@ -135,6 +138,12 @@ class _Body:
         return getattr(self._stream, name)
 
 
+def refuse_compressed(headers: Headers) -> None:
+    """Raise 415 for a body that is not sent as it is."""
+    if headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise UnsupportedMediaType("Content-Encoding is not supported; send the body as it is")
+
+
 class StrictRequest(Request):
     """Flask's request with the strict parser."""
 
@@ -160,8 +169,7 @@ class StrictRequest(Request):
     def _parsed(self) -> dict[str, Any]:
         if not self.has_body:
             return {}
-        if self.headers.get("Content-Encoding", "identity").lower() != "identity":
-            raise UnsupportedMediaType("Content-Encoding is not supported; send the body as it is")
+        refuse_compressed(self.headers)
         if self.mimetype != "application/json":
             raise UnsupportedMediaType("Content-Type must be application/json")
         data = self._whole_body()
@@ -187,6 +195,14 @@ class StrictRequest(Request):
     def _load_form_data(self) -> None:
         super()._load_form_data()
         self.body_read = True
+
+
+def expect_upload(most_bytes: int) -> None:
+    """Let the current request be a form with a file of at most `most_bytes`. Raises 415."""
+    refuse_compressed(request.headers)
+    if request.mimetype not in FORMS:
+        raise UnsupportedMediaType("Content-Type must be multipart/form-data, with the file as one of its parts")
+    request.max_content_length = most_bytes + MULTIPART_BYTES
 
 
 def close_if_unread(response: Response) -> Response:
