@@ -201,7 +201,7 @@ class Engine:
 
     def _new_lane(self, served: ServedModel, runner: "ModelRunner") -> Lane:
         memory, draft = self._options.cache_memory, self._speculation
-        return Lane(served, runner, self._admission, self._prefill_tokens, memory, draft, self._live)
+        return Lane(served, runner, self._admission, self._prefill_tokens, memory, draft, self._live, self._undisturbed)
 
     def _wake(self) -> None:
         self._inbox.put(lambda: None)
@@ -268,6 +268,10 @@ class Engine:
 
     def _live(self) -> None:
         self._beat = time.monotonic()
+
+    def _undisturbed(self) -> bool:
+        """Say whether no request has come in, and no other model wants the processor."""
+        return self._inbox.empty() and sum(lane.busy for lane in self._pool.lanes()) <= 1
 
     def _turn(self) -> None:
         self._live()

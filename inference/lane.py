@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from inference.admission import Admission
 from inference.backend import ServedModel
+from inference.lookahead import Lookahead, look_ahead
 from inference.sampling import sample, score
 from inference.scheduler import Scheduler, Share, Step
 from inference.sequence import Failure, Finished, FinishReason, Sequence, Token
@@ -35,6 +36,8 @@ class Lane:
 
     `speculation` lets greedy sequences draft tokens where the runner's rows are independent.
     `beat` is called before each computation: one that failed is repeated share by share, which is slow and no stall.
+    `undisturbed` says whether nothing has come in that the next step should wait for: then the runner begins it while
+    the tokens of the one before are handed out.
     """
 
     def __init__(
@@ -46,8 +49,13 @@ class Lane:
         cache_memory: int | None = None,
         speculation: bool = False,
         beat: Callable[[], None] = lambda: None,
+        undisturbed: Callable[[], bool] = lambda: True,
     ):
-        self.served, self.runner, self.admission, self._beat = served, runner, admission, beat
+        self.served, self.runner, self.admission = served, runner, admission
+        self._beat, self._undisturbed = beat, undisturbed
+        self._begun: Step | None = None  # what the runner may be computing
+        self._begun_at = 0.0
+        self._foreseen = False  # it has begun the next step before that was made
         positions = runner.slots * whole_blocks(runner.block_size)
         if cache_memory is not None:
             positions = min(positions, cache_memory // runner.position_bytes)
@@ -80,15 +88,15 @@ class Lane:
         """Compute one step and emit its tokens; return how many. A failure ends the sequence at fault, no other."""
         for sequence in self.scheduler.admit(time.monotonic()):
             self.admission.started(sequence)
-        step = self.scheduler.next_step()
-        tokens = 0 if step is None else self._generate(step)
+        begun, self._begun = self._begun, None
+        step = self.scheduler.next_step() if begun is None or begun.over else begun
+        tokens = 0 if step is None else self._generate(step, self._begun_at if step is begun else time.monotonic())
         embedding = self.scheduler.next_embedding(decoding=step is not None and step.decoding > 0)
         if embedding is not None:
             self._embed(embedding)
         return tokens
 
-    def _generate(self, step: Step) -> int:
-        started = time.monotonic()
+    def _generate(self, step: Step, started: float) -> int:
         try:
             chosen = self._compute(step)
         except Exception:
@@ -96,10 +104,50 @@ class Lane:
             return sum(self._step_alone(share) for share in step.shares)
         self.scheduler.budget.observe(step.decoding, step.prefilled, time.monotonic() - started)
         for share, tokens in zip(step.shares, chosen, strict=True):
-            if share.draft:
+            if share.draft and not share.over:
                 self.scheduler.speculation.learn(share.sequence, len(share.draft), len(tokens) - 1)
-            self._emit(share, tokens)
+        self._hand_out(list(zip(step.shares, chosen, strict=True)))
         return sum(map(len, chosen))
+
+    def _hand_out(self, chosen: list[tuple[Share, list[Token | None]]]) -> None:
+        """Emit the tokens that shares have chosen, with the next step begun as soon as they are noted."""
+        going_on = [(share.sequence, self._note(share, tokens)) for share, tokens in chosen if not share.over]
+        self._begin_next()
+        for sequence, tokens in going_on:
+            for token in tokens:
+                sequence.events.put(token)
+
+    def _may_begin(self) -> bool:
+        """Say whether the next step may be begun before its turn: nobody is about to enter, who would wait for it."""
+        enters = (self.scheduler.waiting and not self.slots.full) or any(s.embeds for s in self.scheduler.running)
+        return not enters and self._undisturbed()
+
+    def _look_ahead(self, step: Step) -> Lookahead | None:
+        if self.runner.begin is None:
+            return None
+        return look_ahead(step, len(self.scheduler.running))
+
+    def _begin_foreseen(self, following: Lookahead | None, greatest: list[int] | None) -> bool:
+        """Let the runner begin the step that follows, if it is certain now; say whether it did."""
+        begin = self.runner.begin
+        if following is None or greatest is None or begin is None or not self._may_begin():
+            return False
+        tokens = following.tokens(greatest, self.vocab_size)
+        if tokens is None:
+            return False
+        self._begun_at = time.monotonic()
+        begin(tokens, following.slots, following.positions, following.want)
+        return True
+
+    def _begin_next(self) -> None:
+        """Make the next step, and let the runner begin it unless it has foreseen it."""
+        begin = self.runner.begin
+        if self._foreseen:
+            self._begun = self.scheduler.next_step()
+        elif begin is not None and self._may_begin():
+            self._begun, self._begun_at = self.scheduler.next_step(), time.monotonic()
+            if self._begun is not None:
+                begin(self._begun.tokens, self._begun.slots, self._begun.positions, self._begun.want)
 
     def _step_alone(self, share: Share) -> int:
         """Compute one share of a step that failed, without its draft; return how many tokens came of it.
@@ -117,7 +165,8 @@ class Lane:
             logger.error("%s failed alone, too: %s", sequence.id, type(error).__name__)
             self.finish(sequence, FinishReason.ERROR, Failure.STEP)
             return 0
-        self._emit(share, tokens)
+        for token in self._note(share, tokens):  # others may still be to compute: nothing is begun
+            sequence.events.put(token)
         return len(tokens)
 
     def _compute(self, step: Step) -> list[list[Token | None]]:
@@ -127,7 +176,10 @@ class Lane:
         generators.
         """
         self._beat()
+        following = self._look_ahead(step)
         logits = self.runner.rows(step.tokens, step.slots, step.positions, step.want)[:, : self.vocab_size]
+        best = self.runner.last_argmax
+        self._foreseen = self._begin_foreseen(following, best)
         row = 0
         last: list[int] = []  # the rows to choose tokens from
         choosing: list[Sequence] = []
@@ -135,14 +187,13 @@ class Lane:
         for share in step.shares:
             sequence = share.sequence
             if share.scores:
-                following = sequence.prompt_ids[sequence.computed + 1 :][: share.scores]
+                scored_ids = sequence.prompt_ids[sequence.computed + 1 :][: share.scores]
                 asked, top = logits[row : row + share.scores], sequence.params.logprobs
-                scores = score(asked, following, top, self.runner.logprobs)
+                scores = score(asked, scored_ids, top, self.runner.logprobs)
                 scored.append((sequence, scores))
             row += share.scores + share.samples
             last += range(row - share.samples, row)
             choosing += [sequence] * share.samples
-        best = self.runner.last_argmax
         greatest = None if best is None else [best[row] for row in last]
         rows = logits if len(last) == len(logits) else logits[last]
         chosen = iter(sample(rows, choosing, greatest, self.runner.draw, self.runner.logprobs) if last else ())
@@ -186,28 +237,36 @@ class Lane:
                 alone.add(sequence, sequence.slot, share.count)
                 self._embed(alone)
 
-    def _emit(self, share: Share, tokens: list[Token | None]) -> None:
-        """Put a share's tokens, and end its sequence where they end it, which only the last one can."""
+    def _note(self, share: Share, tokens: list[Token | None]) -> list[Token]:
+        """Add a share's tokens to its sequence and return them to be put.
+
+        Where they end it, which only the last one can, they are put and the sequence is ended.
+        """
         sequence = share.sequence
         if share.scores and math.isnan(sequence.prompt_logprobs[-1].logprob or 0.0):
             self.finish(sequence, FinishReason.ERROR, Failure.NOT_A_NUMBER)
-            return
+            return []
         if not share.samples:
             if sequence.output_limit == 0 and not sequence.in_prefill:
                 self.finish(sequence, FinishReason.LENGTH)
-            return
-        for token in tokens:
-            if token is None:
-                self.finish(sequence, FinishReason.ERROR, Failure.NOT_A_NUMBER)
-                return
-            if sequence.first_token_at is None:
-                sequence.first_token_at = time.monotonic()
-            sequence.output_ids.append(token.token_id)
-            sequence.events.put(token)
-        if sequence.output_ids[-1] in sequence.stop_ids:
-            self.finish(sequence, FinishReason.STOP)
+            return []
+        sound = [token for token in tokens if token is not None]
+        if sound and sequence.first_token_at is None:
+            sequence.first_token_at = time.monotonic()
+        sequence.output_ids.extend(token.token_id for token in sound)
+        reason, error = None, None
+        if len(sound) < len(tokens):
+            reason, error = FinishReason.ERROR, Failure.NOT_A_NUMBER
+        elif sequence.output_ids[-1] in sequence.stop_ids:
+            reason = FinishReason.STOP
         elif len(sequence.output_ids) >= sequence.output_limit:
-            self.finish(sequence, FinishReason.LENGTH)
+            reason = FinishReason.LENGTH
+        if reason is None:
+            return sound
+        for token in sound:
+            sequence.events.put(token)
+        self.finish(sequence, reason, error)
+        return []
 
     def finish(self, sequence: Sequence, reason: FinishReason, error: Failure | None = None) -> None:
         """End a sequence: free its slot, note its figures, put its last event."""

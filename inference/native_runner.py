@@ -25,7 +25,7 @@ from inference.runner import Knobs, Scored, check_copy, check_slot
 from inference.speculation import ROWS
 from model import GPTConfig
 
-VERSION = 8  # as in step.cpp
+VERSION = 9  # as in step.cpp
 GREATEST_WIDTH = 16384  # beyond it int8 sums could leave 32 bits
 
 _P, _L = ctypes.c_void_p, ctypes.c_long
@@ -42,6 +42,8 @@ def _load() -> ctypes.CDLL:
     lib.step_open.argtypes, lib.step_open.restype = [ctypes.POINTER(Model)], _P
     lib.step_close.argtypes, lib.step_close.restype = [_P], None
     lib.step_rows.argtypes, lib.step_rows.restype = [_P, _L, _P, _P, _P, _L, *[_P] * 4], _L
+    lib.step_begin.argtypes, lib.step_begin.restype = [_P, _L, _P, _P, _P, _L, *[_P] * 3], _L
+    lib.step_join.argtypes, lib.step_join.restype = [_P], None
     lib.step_draw.argtypes, lib.step_draw.restype = [_P, _L, _P, _L, _L, *[_P] * 3], None
     lib.step_logprobs.argtypes, lib.step_logprobs.restype = [_P, _L, _P, _L, _L, *[_P] * 3, _L, _P, _P], None
     if not lib.step_agrees(VERSION, ctypes.sizeof(Model)):
@@ -71,7 +73,7 @@ class NativeRunner:
         self.dtype, self.slots = dtype, slots
         self.block_size, self.vocab_size, self._n_embd = config.block_size, config.vocab_size, config.n_embd
         self.threads = max(1, available_cores() if threads is None else threads)
-        self.last_argmax: list[int] | None = []  # where the greatest logit of each row is; vocab_size where one is NaN
+        self.last_argmax: list[int] | None = []
         native = Model(config.n_layer, config.n_head, config.n_embd, config.vocab_size, config.block_size, slots)
         native.gelu_new, native.threads = config.activation == "gelu_new", self.threads
         native.layer = (Layer * config.n_layer)()
@@ -86,12 +88,15 @@ class NativeRunner:
         self.packed_bytes = packer.nbytes
         self._width = native.head.rows  # of a row of logits, with padding
         self._logits = torch.empty(max(slots, ROWS), self._width)  # kept: fresh memory would cost its first touch
+        self._best = array("q", bytes(8 * len(self._logits)))
+        self._begun: tuple[Sequence[int], ...] | None = None  # what begin() was asked for
         self._lib = _load()
         step = self._lib.step_open(ctypes.byref(native))
         if step is None:
             raise MemoryError("no memory or threads for the native step")
         self._step: int | None = step
-        self._close = weakref.finalize(self, _release, self._lib.step_close, step, [packer, cache, native])
+        kept = [packer, cache, native, self._logits, self._best]
+        self._close = weakref.finalize(self, _release, self._lib.step_close, step, kept)
 
     @staticmethod
     def unsupported(config: GPTConfig, dtype: str) -> str | None:
@@ -112,6 +117,11 @@ class NativeRunner:
         self, tokens: Sequence[int], slots: Sequence[int], positions: Sequence[int], want: Sequence[int]
     ) -> Tensor:
         """Compute one step (see ModelRunner.rows). Raises ValueError for a row or a wanted row out of bounds."""
+        if self._begun is not None and self._begun == (tokens, slots, positions, want):
+            self._settle()
+            self._begun = None
+            self.last_argmax = self._best[: len(want)].tolist()
+            return self._logits[: len(want), : self.vocab_size]
         order = sorted(set(want))
         few = len(order) <= len(self._logits)
         logits = self._logits[: len(order)] if few else torch.empty(len(order), self._width)
@@ -122,6 +132,27 @@ class NativeRunner:
             logits, best = logits[where], array("q", [best[i] for i in where])
         self.last_argmax = best.tolist()
         return logits[:, : self.vocab_size]
+
+    @property
+    def begin(self) -> Callable[[Sequence[int], Sequence[int], Sequence[int], Sequence[int]], None] | None:
+        """Begin a step on the other threads (see ModelRunner.begin); with one thread there is no other."""
+        return self._begin if self.threads > 1 else None
+
+    def _begin(
+        self, tokens: Sequence[int], slots: Sequence[int], positions: Sequence[int], want: Sequence[int]
+    ) -> None:
+        """Begin a step that fits the buffers, which those of decode and short prompts do; leave others to `rows`."""
+        if len(want) > len(self._logits) or list(want) != sorted(set(want)):
+            return
+        to = (self._logits.data_ptr(), self._best.buffer_info()[0])
+        if self._call(self._lib.step_begin, tokens, slots, positions, want, to):
+            self._begun = (tokens, slots, positions, want)
+
+    def _settle(self) -> None:
+        """Have what was begun computed to its end. Raises ValueError once closed."""
+        if self._step is None:
+            raise ValueError("the runner is closed")
+        self._lib.step_join(self._step)
 
     def hidden(
         self, tokens: Sequence[int], slots: Sequence[int], positions: Sequence[int], want: Sequence[int]
@@ -176,13 +207,26 @@ class NativeRunner:
         results: tuple[int | None, int | None, int | None],
     ) -> None:
         """Let the step write results, the addresses of logits, argmax and hidden states; `order` is `want`, rising."""
+        self._begun = None
+        self._call(self._lib.step_rows, tokens, slots, positions, order, results)
+
+    def _call(
+        self,
+        function: Callable[..., int],
+        tokens: Sequence[int],
+        slots: Sequence[int],
+        positions: Sequence[int],
+        want: Sequence[int],
+        results: tuple[int | None, ...],
+    ) -> bool:
+        """Call step_rows or step_begin; return whether it took the rows. Raises ValueError for one out of bounds."""
         if self._step is None:
             raise ValueError("the runner is closed")
         if not len(tokens) == len(slots) == len(positions):
             raise ValueError(f"{len(tokens)} tokens, {len(slots)} slots and {len(positions)} positions do not match")
-        arrays = [array("q", part) for part in (tokens, slots, positions, order)]
+        arrays = [array("q", part) for part in (tokens, slots, positions, want)]
         ids, at, to, wanted = (a.buffer_info()[0] for a in arrays)
-        bad = self._lib.step_rows(self._step, len(tokens), ids, at, to, len(order), wanted, *results)
+        bad = function(self._step, len(tokens), ids, at, to, len(want), wanted, *results)
         if bad == len(tokens):
             raise ValueError(f"want is {list(want)}; the step has rows 0 to {len(tokens) - 1}")
         if bad >= 0:
@@ -190,21 +234,21 @@ class NativeRunner:
                 f"row {bad} is token {tokens[bad]} in slot {slots[bad]} at position {positions[bad]}; the model has"
                 f" {self.vocab_size} tokens, {self.slots} slots and {self.block_size} positions"
             )
+        return bad == -1
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy a slot's beginning to another (see ModelRunner.copy): whole blocks, which lie one after the other."""
-        if self._step is None:
-            raise ValueError("the runner is closed")
+        self._settle()
         check_copy(self, source, target, length)
         to, at = (self._cache + slot * self._slot_bytes for slot in (target, source))
         ctypes.memmove(to, at, up_to(length, CACHE_BLOCK) // CACHE_BLOCK * self._block_bytes)
 
     def release(self, slot: int) -> None:
         """Give a slot's memory back to the system (see ModelRunner.release)."""
-        if self._arena is None:
-            raise ValueError("the runner is closed")
+        self._settle()
         check_slot(self, slot)
-        self._arena.release(slot * self._slot_bytes, (slot + 1) * self._slot_bytes)
+        if self._arena is not None:
+            self._arena.release(slot * self._slot_bytes, (slot + 1) * self._slot_bytes)
 
     def close(self) -> None:
         """Give back weights, cache and threads. Logits returned before stay valid."""

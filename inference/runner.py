@@ -30,7 +30,8 @@ class ModelRunner(Protocol):
     independent: (
         bool  # a row's logits are the same bits in any step, so that the engine may draft tokens and check them
     )
-    last_argmax: list[int] | None  # where the greatest logit of each row of the last result is, if that is known
+    # where the greatest logit of each row of the last result is, if that is known; vocab_size: it is no finite number
+    last_argmax: list[int] | None
 
     def rows(
         self, tokens: Sequence[int], slots: Sequence[int], positions: Sequence[int], want: Sequence[int]
@@ -42,6 +43,15 @@ class ModelRunner(Protocol):
         below the first must have been computed in earlier calls, or copied; what a slot held from there on is
         forgotten, so that a slot is reused by starting at 0 or after a prefix that stays.
         The result may live on the runner's device and is valid until the next call.
+        """
+        ...
+
+    @property
+    def begin(self) -> "Callable[[Sequence[int], Sequence[int], Sequence[int], Sequence[int]], None] | None":
+        """Begin what `rows` would compute and return at once; None: the runner cannot.
+
+        The next call of `rows`, if it has the same arguments, waits for it and returns the result; one with others
+        forgets it. Raises ValueError as `rows` does. The result of the call before is no longer valid.
         """
         ...
 

@@ -41,8 +41,9 @@ def sample(
     """Return one token per row of float32 logits (n, V); None where a row has no finite greatest logit.
 
     Log-probabilities are those of the raw logits, before penalties and temperature. `greatest` says where each row's
-    greatest logit is, if a runner knows; at V or above it is no token. Plain greedy rows then need no pass, nor do
-    others that nothing changes if there is `draw`, by which a runner draws them, nor log-probabilities with `logprobs`.
+    greatest logit is, if a runner knows; at V or above it is no token, or no finite number. Plain greedy rows then
+    need no pass, nor do others that nothing changes if there is `draw`, by which a runner draws them, nor
+    log-probabilities with `logprobs`.
     """
     found = {} if greatest is None else _known(logits, sequences, greatest)
     if greatest is not None and draw is not None:
@@ -59,13 +60,9 @@ def sample(
 
 
 def _known(logits: Tensor, sequences: list[Sequence], greatest: list[int]) -> dict[int, int]:
-    """Return the token ids, by row, of the rows whose choice is their greatest logit, where that is a finite number."""
-    places = [(i, greatest[i]) for i, s in enumerate(sequences) if s.takes_greatest and greatest[i] < logits.size(-1)]
-    if not places:
-        return {}
-    rows, ids = zip(*places, strict=True)
-    finite = logits[list(rows), list(ids)].isfinite().tolist()
-    return {row: token_id for (row, token_id), sound in zip(places, finite, strict=True) if sound}
+    """Return the token ids, by row, of the rows whose choice is their greatest logit."""
+    V = logits.size(-1)
+    return {i: greatest[i] for i, s in enumerate(sequences) if s.takes_greatest and greatest[i] < V}
 
 
 def _drawn(logits: Tensor, rows: list[int], sequences: list[Sequence], draw: Draw) -> list[int]:

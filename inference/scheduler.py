@@ -30,6 +30,11 @@ class Share:
     samples: int  # rows at the end whose logits are wanted to choose tokens: of the last known one and its draft
     draft: Items[int] = ()  # tokens that may follow
 
+    @property
+    def over(self) -> bool:
+        """Say whether its sequence has ended since the step was made."""
+        return self.sequence.finish_reason is not None
+
     def accept(self, chosen: list[Token | None]) -> list[Token | None]:
         """Return the chosen tokens up to the first that a draft has not foreseen; the rows after it are forgotten."""
         for i, drafted in enumerate(self.draft):
@@ -80,6 +85,11 @@ class Step:
         """Note that the rows were computed."""
         for share in self.shares:
             share.sequence.computed += share.count
+
+    @property
+    def over(self) -> bool:
+        """Say whether nobody waits for it any more."""
+        return all(share.over for share in self.shares)
 
     @property
     def decoding(self) -> int:

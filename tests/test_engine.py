@@ -61,7 +61,15 @@ class FakeRunner:
     """Counts: the logits of a row favour its token + 1. Fails, or waits, when told to."""
 
     name, device, dtype, block_size, vocab_size = "fake", "cpu", "fp32", 48, VOCAB
-    position_bytes, last_argmax, independent, own_threads, draw, logprobs = 4, None, False, False, None, None
+    position_bytes, last_argmax, independent, own_threads, draw, logprobs, begin = (
+        4,
+        None,
+        False,
+        False,
+        None,
+        None,
+        None,
+    )
 
     def __init__(self, slots: int = 4):
         self.slots, self.steps, self.closed = slots, 0, False

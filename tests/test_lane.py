@@ -19,7 +19,15 @@ class TimedRunner:
     """A model whose steps take the time that a small CPU needs."""
 
     name, device, dtype, slots, block_size, vocab_size = "timed", "cpu", "fp32", 8, 2048, 16
-    position_bytes, last_argmax, independent, own_threads, draw, logprobs = 4, None, False, False, None, None
+    position_bytes, last_argmax, independent, own_threads, draw, logprobs, begin = (
+        4,
+        None,
+        False,
+        False,
+        None,
+        None,
+        None,
+    )
 
     def __init__(self) -> None:
         self.beats: list[float] = []

@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -184,6 +185,78 @@ def test_rows_that_others_take_the_place_of_leave_no_trace(dtype):
         got = runner.rows(tokens, [1] * 12, list(range(at, at + 12)), list(range(12)))
         assert torch.equal(got[:right], expected[at : at + right])
         at += right
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_step_begun_before_it_is_asked_for_gives_the_same_bits_whenever_the_caller_comes(dtype, instructions):
+    """It joins in the first phase, in the midst, or when all is done; rows leave, and prompts enter."""
+    model, draw = model_of(SHAPES["as GPT-2"]), random.Random(4)
+    plain = NativeRunner(model, slots=6, dtype=dtype, threads=1)
+    for threads in (2, 3):
+        runner = NativeRunner(model, slots=6, dtype=dtype, threads=threads)
+        at = dict.fromkeys(range(6), 0)
+        while at:
+            rows = [(s, p) for s in at for p in range(at[s], min(96, at[s] + draw.choice((1, 1, 1, 9))))]
+            step = (
+                [draw.randrange(300) for _ in rows],
+                [s for s, _ in rows],
+                [p for _, p in rows],
+                list(range(len(rows))),
+            )
+            expected, greatest = plain.rows(*step).clone(), plain.last_argmax
+            runner.begin(*step)
+            time.sleep(draw.choice((0, 0, 2e-5, 1e-4, 2e-3)))
+            if draw.random() < 0.1:
+                runner.copy(0, 0, 1)  # waits for it, and it is still there
+            assert torch.equal(runner.rows(*step), expected) and runner.last_argmax == greatest
+            at = {s: p + 1 for s, p in rows if p < 95 and draw.random() < 0.97}
+        runner.close()
+
+
+def test_a_begun_step_that_nobody_asks_for_is_forgotten():
+    model = model_of(SHAPES["as GPT-2"])
+    plain, runner = (NativeRunner(model, slots=3, dtype="bf16", threads=2) for _ in range(2))
+    other, step = ([7, 8], [1, 2], [0, 0], [0, 1]), ([3, 4, 5], [0, 0, 1], [0, 1, 0], [1, 2])
+    drawing = torch.randn(4, 300), [0, 1, 2, 3], [(0.5, 1.0, 0.9, 0.0, 3.0)] * 4
+    for _ in range(50):
+        runner.begin(*other)
+        assert torch.equal(runner.rows(*step), plain.rows(*step))
+        runner.begin(*step)
+        assert torch.equal(runner.hidden(*other), plain.hidden(*other))
+        runner.begin(*other)
+        assert runner.draw(*drawing) == plain.draw(*drawing)
+        assert torch.equal(runner.rows(*other), plain.rows(*other))
+        runner.begin(*other)
+        runner.release(1)
+    runner.begin(*other)
+    runner.close()
+    for call in (runner.begin, runner.rows):
+        with pytest.raises(ValueError, match="closed"):
+            call(*other)
+
+
+def test_what_cannot_be_begun_is_refused_or_left_to_the_step_itself():
+    model = model_of(GPTConfig(n_layer=1, n_head=1, n_embd=32, block_size=700, vocab_size=50))
+    assert NativeRunner(model, slots=1, dtype="fp32", threads=1).begin is None
+    runner = NativeRunner(model, slots=2, dtype="fp32", threads=2)
+    with pytest.raises(ValueError, match="row 1 is token 50 in slot 1"):
+        runner.begin([3, 50], [0, 1], [0, 0], [0, 1])
+    with pytest.raises(ValueError, match="want is"):
+        runner.begin([3], [0], [0], [1])
+    many = [1] * 600, [0] * 600, list(range(600))
+    for step in ((*many, [599]), (*many, list(range(600))), ([1, 2], [0, 0], [0, 1], [1, 0])):
+        runner.begin(*step)
+        assert torch.equal(runner.rows(*step), runner.rows(*step))
+
+
+def test_a_runner_may_go_while_a_step_is_begun():
+    model = model_of(SHAPES["as GPT-2"])
+    expected = prefill(NativeRunner(model, slots=1, dtype="bf16", threads=1), [1])
+    for _ in range(10):
+        runner = NativeRunner(model, slots=1, dtype="bf16", threads=2)
+        runner.begin([1], [0], [0], [0])
+        del runner
+    assert torch.equal(prefill(NativeRunner(model, slots=1, dtype="bf16", threads=2), [1]), expected)
 
 
 def test_a_step_of_more_rows_than_fit_at_once_is_the_same_as_several():
@@ -461,6 +534,16 @@ def test_activations_that_are_not_finite_give_nan_and_not_an_answer(dtype):
     got = prefill(runner, [1, 2])
     assert got[0].isfinite().all() and got[1].isnan().all()
     assert runner.last_argmax == [got[0].argmax(), model.config.vocab_size]
+
+
+def test_a_greatest_logit_that_is_infinite_is_no_token():
+    model = model_of(SHAPES["no bias, untied"])
+    with torch.no_grad():
+        model.transformer["ln_f"].weight.fill_(100)
+        model.lm_head.weight[3:5] = 0
+        model.lm_head.weight[3, 0], model.lm_head.weight[4, 0] = 3e38, -3e38
+    runner = NativeRunner(model, slots=1, dtype="fp32", threads=1)
+    assert prefill(runner, [1]).max() == math.inf and runner.last_argmax == [model.config.vocab_size]
 
 
 def test_what_the_step_cannot_do_is_said_in_words():

@@ -1,16 +1,15 @@
 // A GPT-2 forward pass over ragged rows in one call: prefill, decode and any mix of the two.
 //
-// Read it after team.h (threads), vector.h (maths), product.h (matrices) and attention.h (the cache). What a row computes
+// Read it after team.h (threads), vector.h (maths), product.h (matrices), attention.h (the cache) and rows.h. What a row computes
 // is the same alone or in any step, on any number of threads, bit for bit: only the sharing out of work differs.
 // Plain C interface at the end, for ctypes. No global state; weights and cache belong to the caller.
-#include <cstdlib>
-
 #include "attention.h"
-#include "product.h"
-#include "team.h"
 #include "logprobs.h"
+#include "product.h"
+#include "rows.h"
+#include "team.h"
 
-constexpr long VERSION = 8;  // of the structures and functions that inference/native_runner.py also knows
+constexpr long VERSION = 9;  // of the structures and functions that inference/native_runner.py also knows
 constexpr long ROWS = 512;   // rows computed at once; a longer step is cut into such parts, which changes no result
 constexpr long FEW = 2;      // so many rows are prepared by every thread for itself, which costs less than to meet
 
@@ -24,52 +23,6 @@ struct Model {
     Matrix tokens, head;  // the same when tied
     const Layer *layer;
     void *cache;  // see attention.h; floats for F32, else halves; pages are touched when they are used
-};
-
-inline long up_to(long n, long multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-// Scratch memory, aligned and freed with its owner.
-template <class T> struct Room {
-    T *at;
-    explicit Room(long n) : at((T *)std::aligned_alloc(64, up_to(std::max(n, 1L) * sizeof(T), 64))) {
-        if (!at) throw std::bad_alloc();
-    }
-    ~Room() { std::free(at); }
-    Room(const Room &) = delete;
-    operator T *() const { return at; }
-};
-
-// Room for the activations of `lines` rows of up to `width` numbers.
-struct InputRoom {
-    Room<int32_t> data;
-    Room<float> scale, far_scale;
-    Room<int32_t> offset, far_offset, far_count;
-    Room<Far> far;
-    InputRoom(long lines, long width)
-        : data(lines * width), scale(lines), far_scale(lines), offset(lines), far_offset(lines), far_count(lines),
-          far(lines * width / 16) {}
-    Input input(long count, long width) const {
-        return {data, scale, far_scale, offset, far_offset, far_count, far, count, width};
-    }
-};
-
-// Rows of a step, and the pieces of their attention: one head of up to four neighbouring rows of a sequence. A sequence's
-// heads follow each other as they do in memory (decode reads one stream), and within a head its rows (prefill reads it
-// again from the cache).
-struct Rows {
-    struct Piece { long head, first, count; };
-    std::vector<long> slot, position;
-    std::vector<Piece> pieces;
-    long count() const { return slot.size(); }
-    void add(long s, long p) { slot.push_back(s), position.push_back(p); }
-    void clear() { slot.clear(), position.clear(), pieces.clear(); }
-    void cut(long heads) {
-        for (long start = 0, end; start < count(); start = end) {
-            for (end = start + 1; end < count() && slot[end] == slot[start] && position[end] == position[end - 1] + 1;) end++;
-            for (long head = 0; head < heads; head++)
-                for (long i = start; i < end; i += NEIGHBOURS) pieces.push_back({head, i, std::min(NEIGHBOURS, end - i)});
-        }
-    }
 };
 
 struct Own {  // of one thread
@@ -96,7 +49,7 @@ struct Step {
     Rows all_rows, wanted_rows;           // of this step
     std::vector<long> want;               // of all_rows, rising
     std::vector<const char *> blocks;     // of the cache that they attend to, each at its beginning
-    const long *token;
+    std::vector<long> token;
     float *logits, *hidden;               // where results go; hidden states instead of logits unless null
     long *best;
     After after;                          // its rows are 0 while there are rows to compute
@@ -130,6 +83,15 @@ struct Step {
         if ((long)blocks.size() < all_rows.count()) blocks.clear();
     }
 
+    // Note what a part of at most ROWS rows computes; arrays as in step_rows, beginning with it.
+    void take(long count, const long *tokens, const long *slots, const long *positions, std::vector<long> wanted) {
+        all_rows.clear(), wanted_rows.clear();
+        token.assign(tokens, tokens + count), want = std::move(wanted);
+        for (long i = 0; i < count; i++) all_rows.add(slots[i], positions[i]);
+        for (const long i : want) wanted_rows.add(slots[i], positions[i]);
+        all_rows.cut(m.heads), wanted_rows.cut(m.heads), list_blocks();
+    }
+
     // x = token embedding + position embedding
     template <int KIND> void embed(long i) {
         float *to = x + i * wide;
@@ -143,7 +105,7 @@ struct Step {
         float *room = own[me.id]->row;
         if (count <= FEW) {
             const Input in = own[me.id]->input.input(count, width);
-            for (long i = 0; i < count; i++) write_line<KIND>(in, i, row(i, room));
+            for (long i = 0; i < count && !me.skips(); i++) write_line<KIND>(in, i, row(i, room));
             return in;
         }
         const Input in = shared.input(count, width);
@@ -241,12 +203,13 @@ struct Step {
     // Do work(0, room) to work(count - 1, room) with rows of finished logits, shared out to the threads.
     void after_rows(long count, std::function<void(long, DrawRoom &)> work) {
         if (count == 0) return;
+        team.join(false);
         after = {count, std::move(work)};
         team.run();
         after.rows = 0;
     }
 
-    // Where the greatest of n numbers is; the first of equals. n where one is NaN.
+    // Where the greatest of n numbers is; the first of equals. n where one is NaN or the greatest is not finite.
     static long greatest(const float *z, long n) {
         Vec most = all(-INFINITY);
         unsigned nan = 0;
@@ -254,8 +217,8 @@ struct Step {
             const Vec x = _mm512_mask_loadu_ps(all(-INFINITY), n - i >= 16 ? 0xffff : (1 << (n - i)) - 1, z + i);
             nan |= _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), most = _mm512_max_ps(most, x);
         }
-        if (nan) return n;
         const Vec top = all(_mm512_reduce_max_ps(most));
+        if (nan || !std::isfinite(_mm512_cvtss_f32(top))) return n;
         for (long i = 0; i < n; i += 16) {
             const unsigned equal = _mm512_mask_cmp_ps_mask(n - i >= 16 ? 0xffff : (1 << (n - i)) - 1, load(z + i), top, _CMP_EQ_OQ);
             if (equal) return i + __builtin_ctz(equal);
@@ -263,6 +226,17 @@ struct Step {
         return 0;
     }
 };
+
+// The index of the first row out of bounds, or `count` for a wrong `want`, or -1.
+static long refused(const Model &m, long count, const long *token, const long *slot, const long *position, long wanted,
+                    const long *want) {
+    const auto within = [](long n, long bound) { return n >= 0 && n < bound; };
+    for (long i = 0; i < count; i++)
+        if (!within(token[i], m.vocabulary) || !within(slot[i], m.slots) || !within(position[i], m.block)) return i;
+    for (long i = 0; i < wanted; i++)
+        if (!within(want[i], count) || (i && want[i] <= want[i - 1])) return count;
+    return -1;
+}
 
 // ---- the interface -------------------------------------------------------------------------------------------------
 extern "C" {
@@ -286,30 +260,40 @@ void step_close(Step *step) { delete step; }
 // after the other with the head's padded rows each, and where the greatest of each is to `best`. Unless `hidden` is null
 // what the head would read goes there instead, `width` floats each, and nothing to `logits` and `best`.
 // Returns -1, or the index of the first row out of bounds, or `count` for a wrong `want`; then nothing was computed.
+// Drops what step_begin has begun.
 long step_rows(Step *step, long count, const long *token, const long *slot, const long *position, long wanted,
                const long *want, float *logits, long *best, float *hidden) {
     const Model &m = step->m;
-    const auto within = [](long n, long bound) { return n >= 0 && n < bound; };
-    for (long i = 0; i < count; i++)
-        if (!within(token[i], m.vocabulary) || !within(slot[i], m.slots) || !within(position[i], m.block)) return i;
-    for (long i = 0; i < wanted; i++)
-        if (!within(want[i], count) || (i && want[i] <= want[i - 1])) return count;
+    step->team.join(true);
+    if (const long bad = refused(m, count, token, slot, position, wanted, want); bad >= 0) return bad;
     for (long start = 0, done = 0; start < count; start += ROWS) {
         const long end = std::min(start + ROWS, count);
-        step->all_rows.clear(), step->wanted_rows.clear(), step->want.clear();
-        for (long i = start; i < end; i++) step->all_rows.add(slot[i], position[i]);
-        for (long i = done; i < wanted && want[i] < end; i++) {
-            step->want.push_back(want[i] - start);
-            step->wanted_rows.add(slot[want[i]], position[want[i]]);
-        }
-        step->all_rows.cut(m.heads), step->wanted_rows.cut(m.heads), step->list_blocks();
-        step->token = token + start, step->logits = logits + done * m.head.rows, step->best = best + done;
+        std::vector<long> part;
+        for (long i = done; i < wanted && want[i] < end; i++) part.push_back(want[i] - start);
+        step->logits = logits + done * m.head.rows, step->best = best + done;
         step->hidden = hidden ? hidden + done * m.width : nullptr;
+        done += part.size();
+        step->take(end - start, token + start, slot + start, position + start, std::move(part));
         step->team.run();
-        done += step->want.size();
     }
     return -1;
 }
+
+// Begin what step_rows would compute, and return at once, as it does; step_join ends it, until when `logits` and `best`
+// must stay. Nothing is begun, and -2 returned, where rows are too many, or no thread is there beside the caller's.
+long step_begin(Step *step, long count, const long *token, const long *slot, const long *position, long wanted,
+                const long *want, float *logits, long *best) {
+    step->team.join(true);
+    if (count > ROWS || step->team.size == 1) return -2;
+    if (const long bad = refused(step->m, count, token, slot, position, wanted, want); bad >= 0) return bad;
+    step->logits = logits, step->best = best, step->hidden = nullptr;
+    step->take(count, token, slot, position, {want, want + wanted});
+    step->team.begin();
+    return -1;
+}
+
+// Take part in what was begun, if it is not over, and return when it is.
+void step_join(Step *step) { step->team.join(false); }
 
 // Draw a token from each of `count` rows of logits, row[i] * stride apart, by its knobs; see draw() for what is no token.
 void step_draw(Step *step, long count, const long *row, long width, long stride, const float *logits, const Knobs *knobs,
