@@ -69,6 +69,32 @@ def test_a_pretrained_model_that_cannot_be_had_is_refused(root, capsys, monkeypa
     assert "gpt2-xl is not on this machine" in capsys.readouterr().err
 
 
+FAILING = """
+from web.master import Server, _bind
+from web.settings import Settings, SettingsError
+
+def build():
+    {failure}
+
+Server(Settings(), _bind("127.0.0.1", 0), build, lambda: None).run()
+"""
+
+
+@pytest.mark.parametrize(
+    "failure", ['raise SettingsError("it cannot be")', "import nothing_of_this_name", "sys.exit(7)"]
+)
+def test_a_worker_that_cannot_start_ends_the_server_with_code_2(failure):
+    command = [sys.executable, "-c", FAILING.format(failure=failure)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 2, done.stderr
+    assert "it cannot be" not in failure or done.stderr.count("it cannot be") == 1
+
+
+def test_an_address_that_is_none_is_refused(root, capsys):
+    flags = ("--host", "no.such.host.invalid", "--api_key", "a", "--port", "0")
+    assert "no.such.host.invalid cannot be used: " in refused(capsys, "--root", str(root), *flags)
+
+
 def test_another_address_without_keys_is_refused(root, capsys, monkeypatch):
     monkeypatch.setenv("LM_SERVER_HOST", "0.0.0.0")
     assert "needs api_key" in refused(capsys, "--root", str(root))

@@ -82,7 +82,8 @@ def test_keys_come_from_setting_and_file(tmp_path: Path):
 def test_an_empty_or_missing_key_file_is_refused(tmp_path: Path):
     (tmp_path / "empty").write_text("\n")
     assert "holds no key" in refused({"host": "0.0.0.0", "api_key_file": str(tmp_path / "empty")})
-    assert "cannot be read" in refused({"host": "0.0.0.0", "api_key_file": str(tmp_path / "none")})
+    for host in ("0.0.0.0", "127.0.0.1"):
+        assert "cannot be read" in refused({"host": host, "api_key_file": str(tmp_path / "none")})
 
 
 def test_keys_and_tokens_are_not_in_what_is_printed():

@@ -44,7 +44,7 @@ def _bind(host: str, port: int) -> socket.socket:
         listener.listen(2048)
     except OSError as error:
         listener.close()
-        reason = os.strerror(error.errno) if error.errno else str(error)
+        reason = error.strerror or str(error)
         raise SettingsError(f"port {port} on {host} cannot be used: {reason.lower()}") from None
     return listener
 
@@ -131,8 +131,11 @@ class Server(BaseApplication):  # type: ignore[misc]
 
     def run(self) -> None:
         """Serve until a signal ends it. Exits with 2 when the worker cannot start, else with 0."""
+        master = os.getpid()
         with contextlib.suppress(KeyboardInterrupt):
             try:
                 Master(self).run()
             except SystemExit as end:
+                if os.getpid() != master:  # a worker that cannot start: its master has to know it by the code
+                    raise
                 sys.exit(2 if end.code in (Arbiter.WORKER_BOOT_ERROR, Arbiter.APP_LOAD_ERROR) else end.code)

@@ -251,7 +251,8 @@ def _check_together(settings: Settings) -> None:
     """Check what concerns several settings, or what the server cannot do yet."""
     if settings.model_type is not None and settings.model_path is not None:
         raise SettingsError("give one of model_type and model_path, not both")
-    if not settings.loopback and not settings.keys:
+    keys = settings.keys  # read now, so that a file that cannot be is refused here
+    if not settings.loopback and not keys:
         raise SettingsError(
             f"host is {settings.host!r}; an address that others can reach needs api_key or api_key_file"
         )
