@@ -21,15 +21,15 @@ from learning.machine import Machine
 from learning.start import prepare
 from learning.team import Team, leave
 from storage.datasets import dataset
-from storage.registry import pretrained_names
 from storage.runs import Run, Workspace
 from train import Trainer
 from training.command_line import parse
-from training.config import ConfigError, TrainConfig, resolve
+from training.config import ConfigError, TrainConfig
 from training.hardware import require_devices
 from training.outcome import explain
 from training.preflight import report
 from training.rank import Rank
+from training.starting_point import settled
 from training.stop_signal import StopSignal
 
 ITERATIONS = 3  # the first one warms up
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     place.bind()
     try:
         config, workspace = parse(argv, Path(__file__).resolve().parent)
-        config = resolve(config, pretrained_names(workspace))
+        config = settled(config, workspace)
         if config.init_from == "resume":
             raise ConfigError("init_from is resume; a dry run is for a training that has not begun")
         name = workspace.run_from_output_dir(config.output_dir).name

@@ -33,11 +33,10 @@ from learning.team import Team, leave
 from model import GPT
 from storage import checkpoints
 from storage.datasets import Splits
-from storage.registry import pretrained_names
 from storage.runs import Run, Workspace
 from training.best import BestLoss
 from training.command_line import parse
-from training.config import TrainConfig, resolve
+from training.config import TrainConfig
 from training.examples import Part, order_of
 from training.log import patient_output
 from training.outcome import Diverged, Outcome
@@ -48,7 +47,7 @@ from training.resumption import warn_of_differences
 from training.roll_back import RollBacks
 from training.run_folder import claim
 from training.schedule import learning_rate
-from training.starting_point import window_of
+from training.starting_point import settled, window_of
 from training.stop_signal import StopSignal
 from training.trackers import trackers
 
@@ -297,7 +296,7 @@ def main(argv: list[str] | None = None) -> int:
     place.bind()
     with patient_output(), Outcome() as outcome:
         config, workspace = parse(argv, script.parent)
-        config = resolve(config, pretrained_names(workspace))
+        config = settled(config, workspace)
         run = workspace.run_from_output_dir(config.output_dir)
         if config.nproc_per_node > 1 and place.world == 1:
             launch(script, argv, config, run, outcome, stop)

@@ -108,6 +108,21 @@ def test_model_type_and_init_from_say_where_a_run_starts(fields, expected):
     assert (resolved.n_layer is not None) == (expected[1] == "scratch"), "the shape comes with trained weights"
 
 
+RATES = [(768, 3e-5), (1600, 3e-5), (384, 1.2e-4), (192, 4.8e-4), (128, 1.1e-3), (16, 3e-3)]
+
+
+@pytest.mark.parametrize(("width", "rate"), RATES)
+def test_a_narrower_model_is_tuned_at_a_higher_rate_and_gpt2_at_its_own(width, rate):
+    tuning = {"init_from": "my_run"}
+    made = resolve(config(**tuning), width=width)
+    assert made.learning_rate == rate and made.min_lr == rate / 10
+    assert resolve(config(**tuning | {"lora_rank": 8}), width=width).learning_rate == pytest.approx(10 * rate, rel=0.05)
+    assert resolve(config(**tuning | {"learning_rate": 0.01}), width=width).learning_rate == 0.01
+    assert resolve(config(**tuning | {"model_type": "mini"}), width=width).learning_rate == 2e-3, (
+        "a preset's is its own"
+    )
+
+
 MISMATCHES = [
     {"model_type": "evil/repo"},
     {"model_type": "distilgpt2", "init_from": "scratch"},

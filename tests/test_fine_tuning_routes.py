@@ -9,7 +9,7 @@ from fakes import FakeServer, byte_tokenizer
 
 from storage.files import write_json
 from storage.inspection import Inspection
-from training import fine_tuning_plan, metrics
+from training import fine_tuning_plan, metrics, starting_point
 from training.presets import PRESETS
 from web import fine_tuning_routes
 
@@ -137,10 +137,12 @@ def test_fine_tuning_fits_the_windows_to_the_base_model(server, file_id, monkeyp
     base.mkdir(parents=True)
     (base / "ckpt.pt").write_bytes(b"x")
     tokenizer.save(base / "tokenizer.json")
-    shape = Inspection("checkpoint", base / "ckpt.pt", {"block_size": 48}, {}, {}, 0, 0)
+    shape = Inspection("checkpoint", base / "ckpt.pt", {"block_size": 48, "n_embd": 384}, {}, {}, 0, 0)
     monkeypatch.setattr(fine_tuning_plan, "inspect", lambda reference: shape)
+    monkeypatch.setattr(starting_point, "inspect", lambda reference: shape)
     config = server.get("/api/jobs/" + create(server, file_id, model="base")["name"]).json["config"]
     assert (config["init_from"], config["window"], config["optimizer"]) == ("base", 48, "adamw")
+    assert config["learning_rate"] == 4 * 3e-5, "half as wide as GPT-2"
     assert 1 <= config["max_iters"] <= 200 and config["eval_interval"] <= config["max_iters"]
 
 
@@ -397,8 +399,9 @@ def test_a_tuned_model_can_be_tuned_again(server, file_id, monkeypatch, tokenize
     job = trained(server, file_id)
     name = server.get(f"{JOBS}/{job['id']}").json["fine_tuned_model"]
     tokenizer.save(run_of(server, job).tokenizer)
-    shape = Inspection("checkpoint", run_of(server, job).checkpoint, {"block_size": 64}, {}, {}, 0, 0)
+    shape = Inspection("checkpoint", run_of(server, job).checkpoint, {"block_size": 64, "n_embd": 64}, {}, {}, 0, 0)
     monkeypatch.setattr(fine_tuning_plan, "inspect", lambda reference: shape)
+    monkeypatch.setattr(starting_point, "inspect", lambda reference: shape)
     for model, file in ((name, "ckpt.pt"), (f"{name}:ckpt-step-8", "best.pt")):
         config = server.get("/api/jobs/" + create(server, file_id, model=model)["name"]).json["config"]
         assert config["init_from"] == f"out/{job['name']}/{file}"

@@ -146,7 +146,7 @@ def test_a_run_cannot_replace_the_run_it_starts_from(place, start, monkeypatch):
     place.backend.end("a", state="succeeded", iter_num=20)
     wait_for(manager, "a", "succeeded")
     with pytest.raises(ConfigError, match="out/a is what this training starts from"):
-        manager.create(config("a", init_from=start, overwrite=True))
+        manager.create(config("a", init_from=start, overwrite=True, learning_rate=1e-3))
     assert place.workspace.run("a").checkpoint.exists()
 
 
@@ -303,11 +303,12 @@ def test_adapters_on_chats_need_a_model_that_knows_their_tokens(place):
     base.folder.mkdir()
     place.checkpoint("base")
     byte_tokenizer().save(base.tokenizer)
-    adapters = config(dataset="talk", model_type=None, init_from="base", lora_rank=8)
+    tuning = {"dataset": "talk", "model_type": None, "init_from": "base", "learning_rate": 1e-3}
+    adapters = config(**tuning, lora_rank=8)
     with pytest.raises(ConfigError, match="lora_rank is 8, and talk holds chats: adapters cannot learn"):
         manager.create(adapters)
     assert not place.workspace.run("a").folder.exists()
-    assert manager.create(config("all", dataset="talk", model_type=None, init_from="base")).state == "running"
+    assert manager.create(config("all", **tuning)).state == "running"
     with_chat_tokens(byte_tokenizer()).save(base.tokenizer)
     assert manager.create(adapters).state == "queued"
 
@@ -448,7 +449,7 @@ def test_a_run_that_a_job_has_yet_to_read_is_neither_deleted_nor_replaced(place,
     place.backend.end("a", state="succeeded", iter_num=20)
     wait_for(manager, "a", "succeeded")
     manager.create(config("other"))
-    manager.create(config("b", init_from=start))  # waits for the other
+    manager.create(config("b", init_from=start, learning_rate=1e-3))  # waits for the other
     for change in (lambda: manager.delete("a"), lambda: manager.create(config("a", overwrite=True))):
         with pytest.raises(JobBusy, match="out/a is what the job b starts from; stop it first"):
             change()

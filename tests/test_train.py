@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -21,10 +22,11 @@ from storage import checkpoints, registry
 from storage.checkpoint_files import bring_back
 from storage.datasets import Splits
 from storage.errors import NoSpace
+from storage.registry import BUNDLED
 from storage.runs import Run, Workspace
 from storage.tokenizer import char_tokenizer
 from training import metrics
-from training.config import ConfigError, TrainConfig
+from training.config import ConfigError, TrainConfig, resolve
 from training.job import Job
 from training.starting_point import check_fit
 
@@ -504,10 +506,20 @@ def test_two_processes_make_the_losses_of_one(place):
     assert two[-1]["val_loss"] == pytest.approx(one[-1]["val_loss"], abs=1e-5)
 
 
+def test_a_fine_tune_of_the_bundled_model_learns_a_small_text_with_its_defaults(place):
+    shutil.copytree(ROOT / "models" / BUNDLED, place.workspace.models / BUNDLED)
+    short = {"max_iters": 40, "eval_interval": 40, "window": 64, "eval_iters": 2, "sample_tokens": 0}
+    assert place.train("a", dataset="sums", init_from=BUNDLED, **short) == 0
+    before, after = (row["val_loss"] for row in metrics.read(place.run("a").metrics) if "val_loss" in row)
+    config = json.loads(place.run("a").config.read_text())
+    assert config["learning_rate"] == 4.8e-4, "its width of 192 is a quarter of GPT-2's"
+    assert after < before / 4
+
+
 def test_what_cannot_fit_is_refused_before_it_is_tried():
     tokens = np.zeros(10_000, np.uint16)
     splits = Splits(tokens, tokens, 1.0, char_tokenizer("ab"), "sums")
-    config = train.resolve(TrainConfig(dataset="sums", output_dir="a", batch_size=4096, block_size=1024))
+    config = resolve(TrainConfig(dataset="sums", output_dir="a", batch_size=4096, block_size=1024))
     with pytest.raises(ConfigError, match=r"GB for activations alone, and .* are free; lower batch_size or window"):
         check_fit(config, splits, GPTConfig(n_layer=12, n_embd=768), world=1)
     with pytest.raises(ConfigError, match="tokenizer char has 2 tokens, more than the model's vocabulary of 1"):

@@ -14,7 +14,7 @@ from pydantic import Field, field_validator
 from storage.errors import BadName
 from storage.files import check_name
 from storage.registry import BUNDLED, PRETRAINED
-from training.presets import ADAPTERS, COMMON, FINE_TUNING, PRESETS
+from training.presets import COMMON, FINE_TUNING, GPT2_WIDTH, PRESETS, fine_tuning_rate
 from training.strict_model import ConfigError, StrictModel, errors_to_sentence
 
 __all__ = ["PRESETS", "ConfigError", "TrainConfig", "errors_to_sentence", "resolve"]
@@ -182,10 +182,13 @@ def _start(config: TrainConfig, pretrained: Sequence[str]) -> tuple[str | None, 
     return model_type, init_from
 
 
-def resolve(config: TrainConfig, pretrained: Sequence[str] = (*PRETRAINED, BUNDLED)) -> TrainConfig:
+def resolve(
+    config: TrainConfig, pretrained: Sequence[str] = (*PRETRAINED, BUNDLED), width: int = GPT2_WIDTH
+) -> TrainConfig:
     """Return the config with every default filled in; what comes with a trained model's weights stays None.
 
-    `pretrained` are the names that may be fine-tuned. Raises ConfigError.
+    `pretrained` are the names that may be fine-tuned, `width` is that of the model which is (starting_point.settled
+    finds it). Raises ConfigError.
     """
     model_type, init_from = _start(config, pretrained)
     given_shape = [name for name in FROM_SCRATCH if getattr(config, name) is not None]
@@ -197,8 +200,8 @@ def resolve(config: TrainConfig, pretrained: Sequence[str] = (*PRETRAINED, BUNDL
         defaults = FINE_TUNING
     else:
         defaults = {k: v for k, v in PRESETS[model_type].items() if k not in (*FROM_SCRATCH, "block_size")}
-    if config.lora_rank is not None:
-        defaults = defaults | ADAPTERS
+    if defaults is FINE_TUNING or config.lora_rank is not None:
+        defaults = defaults | {"learning_rate": fine_tuning_rate(width, config.lora_rank is not None)}
     fields = COMMON | defaults | config.given() | {"model_type": model_type, "init_from": init_from}
     return TrainConfig.parse(fields | _following(fields, config))
 

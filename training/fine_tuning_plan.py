@@ -17,8 +17,8 @@ from storage.inspection import inspect
 from storage.runs import Workspace
 from storage.token_files import split
 from training import fine_tuning
-from training.config import PRESETS, ConfigError, TrainConfig, resolve
-from training.starting_point import reference
+from training.config import PRESETS, ConfigError, TrainConfig
+from training.starting_point import reference, settled
 
 BYTES_PER_TOKEN = {"char": 1.0, "gpt2": 4.0}
 OTHER_BYTES_PER_TOKEN = 2.5  # of small vocabularies of byte pairs
@@ -115,7 +115,7 @@ def plan(
     given = dict(fields)
     if asked["batch_size"] != "auto":
         given.setdefault("batch_size", asked["batch_size"])
-    usual = resolve(TrainConfig.parse(given), registry.pretrained_names(workspace))
+    usual = settled(TrainConfig.parse(given), workspace)
     context, kind = _of_base(usual, workspace)
     per_token, text = BYTES_PER_TOKEN.get(kind, OTHER_BYTES_PER_TOKEN), sizes(dataset)
     from_scratch = usual.init_from == "scratch"

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 
-from storage import datasets, registry
+from storage import datasets
 from storage.checkpoint_files import bring_back
 from storage.errors import NotFound, StorageError
 from storage.files import check_name, disk_errors_explained, sweep_temporary, write_json
@@ -23,14 +23,14 @@ from storage.trash import empty_trash, move_to_trash
 from training import admission, disk_space
 from training import log as job_log
 from training.backend import TrainingBackend
-from training.config import ConfigError, TrainConfig, resolve
+from training.config import ConfigError, TrainConfig
 from training.ending import how_it_ended
 from training.hardware import memory_kills
 from training.job import ENDED, Job, JobBusy, Status, read_object, trainer_of
 from training.job_queue import JobQueue
 from training.lock_file import OutLock
 from training.resumption import further
-from training.starting_point import base_run
+from training.starting_point import base_run, settled
 
 __all__ = ["ConfigError", "Job", "JobBusy", "JobManager"]
 
@@ -121,7 +121,7 @@ class JobManager:
         Raises ConfigError, StorageError, JobBusy; then nothing was changed.
         """
         run = self._workspace.run_from_output_dir(config.output_dir)
-        resolved = resolve(config, registry.pretrained_names(self._workspace))
+        resolved = settled(config, self._workspace)
         admission.check(resolved, self._workspace, run, self._allow)
         with self._lock:
             self._require_idle(run)

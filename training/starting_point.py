@@ -4,10 +4,12 @@ from typing import Any
 
 from storage import registry
 from storage.datasets import Splits
+from storage.inspection import inspect
 from storage.runs import Run, Workspace
-from training.config import ConfigError, TrainConfig
+from training.config import ConfigError, TrainConfig, resolve
 from training.disk_space import parameters
 from training.hardware import available_memory
+from training.presets import GPT2_WIDTH, PRESETS
 
 ACTIVATION_BYTES = 32  # of a token in a layer, by width: what the backward pass needs of the forward one, at least
 
@@ -24,6 +26,21 @@ def reference(config: TrainConfig, workspace: Workspace) -> registry.ModelRefere
     if not slash:
         return registry.resolve(workspace, model_path=f"out/{run}")
     return registry.resolve(workspace, model_path=f"out/{run}/best.pt" if file == "best" else name)
+
+
+def settled(config: TrainConfig, workspace: Workspace) -> TrainConfig:
+    """Return the config with every default filled in, as `resolve` does, for the model that it starts from.
+
+    Reads at most that model's description. Raises ConfigError, StorageError.
+    """
+    names = registry.pretrained_names(workspace)
+    found = resolve(config, names)
+    if config.learning_rate is not None or found.init_from in ("scratch", "resume"):
+        return found
+    start = reference(found, workspace)
+    if start.path is None:  # yet to be fetched, and of GPT-2's family: its name tells the width
+        return resolve(config, names, PRESETS.get(start.id, {}).get("n_embd", GPT2_WIDTH))
+    return resolve(config, names, inspect(start).model_args["n_embd"])
 
 
 def base_run(config: dict[str, Any]) -> str | None:

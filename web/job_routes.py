@@ -15,14 +15,14 @@ from storage import datasets as stored
 from storage import uploads
 from storage.errors import BadName, Unreachable
 from storage.files import quoted
-from storage.registry import pretrained_names, resolve
+from storage.registry import resolve
 from training import metrics as training_metrics
 from training import plot, raster
 from training.config import TrainConfig
-from training.config import resolve as resolve_config
 from training.dry_run_process import DryRunFailed, try_out
 from training.jobs import JobBusy
 from training.starting_point import reference as starting_point
+from training.starting_point import settled
 from training.trackers import require as require_trackers
 from web import sse
 from web.client import Client
@@ -67,7 +67,7 @@ def _expect_upload() -> None:
 
 def _dry_run(ctx: Context, asked: TrainConfig) -> dict[str, Any]:
     """Return what a training would be, found out by a process of its own; no run is left behind."""
-    config = resolve_config(asked, pretrained_names(ctx.workspace))
+    config = settled(asked, ctx.workspace)
     ctx.workspace.run_from_output_dir(config.output_dir)  # refuses what is none
     require_trackers(config)
     stored.dataset(ctx.workspace, config.dataset)
