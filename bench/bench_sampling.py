@@ -23,6 +23,7 @@ KINDS = {
     "greedy": {"temperature": 0.0},
     "top_k 40, top_p 0.9": {"temperature": 0.8, "top_k": 40, "top_p": 0.9},
     "top_k 40, top_p 0.9, logprobs 5": {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "logprobs": 5},
+    "top_k 40, top_p 0.9, repetition 1.2": {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.2},
     "temperature alone": {"temperature": 0.8, "top_k": 0},
     "top_p 0.9 alone": {"temperature": 0.8, "top_k": 0, "top_p": 0.9},
 }
@@ -31,7 +32,7 @@ KINDS = {
 def sequences(knobs: dict[str, float]) -> list[Sequence]:
     """Return one sequence for each request."""
     params = [SamplingParams(max_new_tokens=512, seed=seed, **knobs) for seed in range(REQUESTS)]  # type: ignore[arg-type]
-    return [Sequence([0], p) for p in params]
+    return [Sequence(list(range(CONTEXT)), p) for p in params]
 
 
 def measure(runner: NativeRunner, steps: int) -> tuple[Figure, dict[str, Figure]]:

@@ -4,6 +4,7 @@ They touch few tokens, so they are gathered from all rows and applied in a few s
 """
 
 import math
+from array import array
 from collections import Counter
 
 import torch
@@ -16,9 +17,11 @@ class Entries:
     """(row, token id, value) triples of a batch."""
 
     def __init__(self) -> None:
-        self.rows: list[int] = []
-        self.ids: list[int] = []
-        self.values: list[float] = []
+        self.rows, self.ids, self.values = (
+            array("q"),
+            array("q"),
+            array("f"),
+        )  # a tensor is made of these at once, of a list slowly
 
     def add(self, row: int, ids: list[int], values: list[float]) -> None:
         self.rows.extend([row] * len(ids))
@@ -27,8 +30,8 @@ class Entries:
 
     def places(self, logits: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """Return the index of the entries in `logits` and their values."""
-        rows, ids = (torch.tensor(x, dtype=torch.long, device=logits.device) for x in (self.rows, self.ids))
-        return (rows, ids), torch.tensor(self.values, dtype=logits.dtype, device=logits.device)
+        rows, ids = (torch.frombuffer(x, dtype=torch.long).to(logits.device) for x in (self.rows, self.ids))
+        return (rows, ids), torch.frombuffer(self.values, dtype=torch.float32).to(logits)
 
 
 def penalize(logits: Tensor, sequences: list[Sequence]) -> Tensor:
@@ -49,13 +52,17 @@ def penalize(logits: Tensor, sequences: list[Sequence]) -> Tensor:
     if not (biases.rows or repeated.rows or counted.rows or masked.rows):
         return logits
     logits = logits.clone()
-    place, values = biases.places(logits)
-    logits.index_put_(place, values, accumulate=True)
-    place, values = repeated.places(logits)
-    old = logits[place]
-    logits[place] = torch.where(old > 0, old / values, old * values)
-    place, values = counted.places(logits)
-    logits[place] -= values
-    place, values = masked.places(logits)
-    logits[place] = values
+    if biases.rows:
+        place, values = biases.places(logits)
+        logits.index_put_(place, values, accumulate=True)
+    if repeated.rows:
+        place, values = repeated.places(logits)
+        old = logits[place]
+        logits[place] = torch.where(old > 0, old / values, old * values)
+    if counted.rows:
+        place, values = counted.places(logits)
+        logits[place] -= values
+    if masked.rows:
+        place, values = masked.places(logits)
+        logits[place] = values
     return logits

@@ -344,14 +344,14 @@ def test_a_runner_that_draws_changes_no_token(rows: list[Any], seed: int, size: 
     assert sample(logits, [sequence(**p) for p in rows], greatest(logits), draw, logprobs) == expected
 
 
-def test_rows_that_nothing_changes_need_no_pass_where_a_runner_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    logits = torch.randn(3, WIDE)
-    asked = [{"top_k": 4}, {"top_p": 0.5}, {"logprobs": 2}]
+def test_rows_need_no_pass_where_a_runner_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(4, WIDE)
+    asked = [{"top_k": 4}, {"temperature": 0.0, "repetition_penalty": 1.3}, {"top_p": 0.5}, {"logprobs": 2}]
     expected = sample(logits, [sequence(**p) for p in asked])
     known = [token.token_id for token in expected if token is not None]
     monkeypatch.setattr("inference.sampling._sample", lambda *_: pytest.fail("the logits are passed over"))
     monkeypatch.setattr("inference.sampling._tokens", lambda *_: pytest.fail("the logits are passed over"))
-    scores = [(token.logprob, token.top) for token in expected[2:] if token is not None]
+    scores = [(token.logprob, token.top) for token in expected[3:] if token is not None]
     found = sample(logits, [sequence(**p) for p in asked], greatest(logits), lambda *_: known, lambda *_: scores)
     assert found == expected
 
