@@ -106,6 +106,7 @@ def test_ids_are_the_runs_names_or_made_of_them(workspace):
 
 def test_the_record_keeps_what_a_change_leaves_out(workspace):
     run = workspace.run("x")
+    run.folder.mkdir(parents=True)
     fine_tuning.keep(run, {"suffix": "a", "paused": 1.0})
     fine_tuning.keep(run, {"paused": None})
     assert fine_tuning.record(run) == {"suffix": "a"}
