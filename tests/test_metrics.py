@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from learning.machine import Machine
+from learning.machine import PEAK_SIDE_CPU, Machine
 from storage.runs import Workspace
 from training import metrics
 from training.config import TrainConfig
@@ -71,6 +71,28 @@ def test_the_peak_of_a_device_without_a_known_data_sheet_is_measured(dtype):
     fields = {"dataset": "a", "output_dir": "out/a", "device": "cpu", "dtype": dtype}
     peak = Machine.of(TrainConfig.parse(fields)).peak()
     assert peak.flops > 1e8 and peak.source == f"a product of matrices in {dtype}, measured"
+
+
+class BusyClock:
+    """A machine on which others compute: a product takes 10 s, and 0.25 s of its processors."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        self.now += 10.0
+        return self.now
+
+    def process_time(self) -> float:
+        self.now += 0.25
+        return self.now
+
+
+def test_what_others_compute_meanwhile_does_not_lower_the_peak(monkeypatch):
+    monkeypatch.setattr("learning.machine.time", BusyClock())
+    monkeypatch.setattr("learning.machine.torch.get_num_threads", lambda: 1)
+    fields = {"dataset": "d", "output_dir": "out/a", "device": "cpu", "dtype": "fp32"}
+    assert Machine.of(TrainConfig.parse(fields)).peak().flops == pytest.approx(2 * PEAK_SIDE_CPU**3 / 0.25)
 
 
 def test_the_peak_of_a_known_device_is_its_data_sheets_and_of_the_precision_that_it_is_for():
