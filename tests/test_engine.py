@@ -555,6 +555,22 @@ def test_a_failed_load_changes_nothing(make: Callable[..., Engine]) -> None:
     assert len(drain(engine.submit(served, [1], greedy(3)))[0]) == 3
 
 
+def test_a_model_is_loaded_in_a_thread_that_ends_whose_helpers_then_take_no_core(make: Callable[..., Engine]) -> None:
+    threads: list[threading.Thread] = []
+
+    def noting(ref: Any, workspace: Any) -> Any:
+        threads.append(threading.current_thread())
+        return loader(ref, workspace)
+
+    def build(model: GPT, asked: Any) -> tuple[TorchRunner, str]:
+        threads.append(threading.current_thread())
+        return torch_runner(model, asked)
+
+    engine = make(loader=noting, build=build)
+    assert len(drain(engine.submit(engine.load(reference()), [1], greedy(3)))[0]) == 3
+    assert len(set(threads)) == 1 and threads[0] is not threading.current_thread() and not threads[0].is_alive()
+
+
 def test_a_model_that_cannot_compute_does_not_replace_one_that_can(make: Callable[..., Engine]) -> None:
     runners: list[FakeRunner] = []
 
