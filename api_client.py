@@ -209,8 +209,11 @@ def compare_jobs(client: ApiClient, names: tuple[str, ...]) -> None:
     "--compare", "others", multiple=True, callback=check_names, help="Another job. May be given several times."
 )
 def save_plot(client: ApiClient, name: str, output: Path | None, others: tuple[str, ...]) -> None:
-    """Save the losses of a job as a picture: a file that ends in .png, else SVG for browsers and documents."""
-    save_picture(client, name, others, Path(f"{name}.svg") if output is None else output)
+    """Save the losses of a job as a picture, by the file's ending: .svg for browsers and documents, or .png."""
+    target = Path(f"{name}.svg") if output is None else output
+    if target.suffix.lower() not in (".svg", ".png"):
+        raise click.UsageError(f"--output is {str(target)!r}; it must end in .svg or .png")
+    save_picture(client, name, others, target)
 
 
 @command(jobs, "samples")
@@ -264,11 +267,11 @@ def resume(client: ApiClient, name: str, **how: int | None) -> None:
     advise(client, follow=f"jobs follow {name}")
 
 
-@command(jobs, "priority")
+@command(jobs, "priority", ignore_unknown_options=True)  # so that -5 is a number
 @name_argument
 @click.argument("priority", type=int)
 def prioritize(client: ApiClient, name: str, priority: int) -> None:
-    """Move a waiting job in the queue: a higher PRIORITY goes first. Write a negative one after --."""
+    """Move a waiting job in the queue: a higher PRIORITY goes first."""
     print_standing(client.prioritize(name, {"priority": priority}))
 
 

@@ -34,8 +34,11 @@ def connect() -> ApiClient:
     return ApiClient(url, meta.get("api_key") or os.environ.get("LM_SERVER_API_KEY") or None)
 
 
-def command(group: click.Group, name: str) -> Callable[..., Any]:
-    """Register a function as a command that gets a client and takes the global options after its name, too."""
+def command(group: click.Group, name: str, **settings: Any) -> Callable[..., Any]:
+    """Register a function as a command that gets a client and takes the global options after its name, too.
+
+    `settings` are those of click's contexts.
+    """
 
     def register(function: Callable[..., None]) -> click.Command:
         @functools.wraps(function)
@@ -47,7 +50,7 @@ def command(group: click.Group, name: str) -> Callable[..., Any]:
                 what = f"the answer of {client.url} has another shape than expected ({error!r})"
                 raise ApiError(f"{what}; is the server of this client's version?") from error
 
-        made: click.Command = group.command(name)(global_options(run))
+        made: click.Command = group.command(name, context_settings=settings)(global_options(run))
         return made
 
     return register

@@ -371,8 +371,10 @@ def test_stop_resume_and_delete_call_the_server(server):
 
 def test_a_waiting_job_is_moved_in_the_queue(server):
     assert run("jobs", "priority", "mine", "5").stdout == "mine queued  place 1 in the queue\n"
-    run("jobs", "priority", "mine", "--", "-5")
-    assert [body for _, _, body in server.requests] == [{"priority": 5}, {"priority": -5}]
+    run("jobs", "priority", "mine", "-5", "--json")
+    run("jobs", "priority", "mine", "--", "-6")
+    assert [body for _, _, body in server.requests] == [{"priority": 5}, {"priority": -5}, {"priority": -6}]
+    assert run("jobs", "priority", "mine", "5", "--jsn").exit_code == 2
     run("train", "--dataset", "x", "--output_dir", "out/x", "--priority", "3")
     assert server.requests[-1][2]["priority"] == 3
 
@@ -618,6 +620,11 @@ def test_the_plot_falls_with_the_loss_and_has_its_size():
     assert len(lines) == 11 and all(len(line) == 69 for line in lines)
     assert lines[0].startswith("   5.000 o") and lines[9].endswith("o") and lines[10].endswith("99")
     assert plot([], []) == [] and len(plot([(0, 1.0)], [])) == 11
+
+
+def test_a_picture_is_of_a_kind_that_its_name_says(server):
+    result = run("jobs", "plot", "mine", "--output", "losses.gif")
+    assert result.exit_code == 2 and "must end in .svg or .png" in result.stderr and server.requests == []
 
 
 # ---- as a process

@@ -207,7 +207,10 @@ def test_a_dry_run_over_http_starts_nothing(server, monkeypatch):
     assert reply["dry_run"] == {"epochs": 2.0, "warnings": []} and reply["config"]["max_iters"] == 5000
     assert server.get("/api/jobs").json == {"jobs": []} and not server.workspace.run("a").folder.exists()
     assert server.post("/api/train", TINY | {"dry_run": False}).json["message"] == "Training started"
-    assert "1 jobs run" in server.post("/api/train", TINY | {"dry_run": True}).json["dry_run"]["warnings"][0]
+    assert (
+        "run on this machine now: 1;"
+        in server.post("/api/train", TINY | {"dry_run": True}).json["dry_run"]["warnings"][0]
+    )
 
 
 @pytest.mark.parametrize(

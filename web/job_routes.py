@@ -83,7 +83,7 @@ def _dry_run(ctx: Context, asked: TrainConfig) -> dict[str, Any]:
         ctx.trying.release()
     running = ctx.jobs.counts().get("running", 0)
     if running:
-        found["warnings"].append(f"{running} jobs run on this machine now: alone it is faster")
+        found["warnings"].append(f"jobs that run on this machine now: {running}; alone it is faster")
     message = "Dry run: nothing was started"
     return {"message": message, "config": config.given(), "config_path": None, "process_id": None, "dry_run": found}
 
