@@ -40,9 +40,9 @@ class Reply:
         ours, self.client = socket.socketpair()
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         self.client.settimeout(30)
-        self.source, self.failed, self.heads = Source(), None, []
+        self.source, self.failed = Source(), None
         self.sock, self.chunked, self.sent = ours, False, 0
-        self.send_headers = lambda: self.heads.append("head")
+        self.headers_sent = True
         self.thread = threading.Thread(target=self._write, args=(pump,), daemon=True)
         self.thread.start()
 
@@ -96,7 +96,7 @@ def test_streams_get_their_own_frames_in_order_when_the_bell_rings(bell, reply):
         each.source.given.append(None)
     bell.ring()
     for k, each in enumerate(replies):
-        assert each.read().decode() == "".join(f"{k}:{i} " for i in range(20)) and each.heads == ["head"]
+        assert each.read().decode() == "".join(f"{k}:{i} " for i in range(20))
         assert each.source.asked_by == {"pump"}
 
 
@@ -149,9 +149,23 @@ def test_what_is_only_looked_at_is_taken_in_to_its_end_or_failure_by_the_pump(pu
 def test_chunks_are_framed_as_gunicorn_would():
     ours, client = socket.socketpair()
     with ours, client:
-        sender = ReplySender(SimpleNamespace(sock=ours, chunked=True, sent=0))
+        sender = ReplySender(SimpleNamespace(sock=ours, chunked=True, sent=0, headers_sent=True))
         assert sender.send("é".encode() * 8) == b""
         assert client.recv(100) == b"10\r\n" + "é".encode() * 8 + b"\r\n"
+
+
+def test_the_head_goes_with_the_first_bytes_and_only_with_them():
+    ours, client = socket.socketpair()
+    with ours, client:
+        head = {"default_headers": lambda: ["HTTP/1.1 200 OK\r\n"], "headers": [("A", "ü")], "headers_sent": False}
+        reply = SimpleNamespace(sock=ours, chunked=False, sent=0, **head)
+        sender = ReplySender(reply)
+        sender.begin()
+        client.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            client.recv(100)
+        assert sender.send(b"one") == b"" and sender.send(b"two") == b"" and reply.sent == 6
+        assert client.recv(100) == b"HTTP/1.1 200 OK\r\nA: \xfc\r\n\r\nonetwo"
 
 
 def test_without_a_pump_the_frames_are_the_same(bell):

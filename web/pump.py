@@ -22,11 +22,11 @@ class Sender(Protocol):
     """How the body of a reply gets to its client."""
 
     def begin(self) -> None:
-        """Send what comes before the body. May wait for the client; raises OSError as the others do."""
+        """Prepare to send; raises OSError as the others do."""
         ...
 
     def send(self, data: bytes) -> bytes:
-        """Send as much as goes without waiting; return the rest, as `send_rest` takes it."""
+        """Send as much as goes without waiting, at first after the head; return the rest, as `send_rest` takes it."""
         ...
 
     def send_rest(self, rest: bytes) -> None:

@@ -99,21 +99,33 @@ class Connection(TConn):  # type: ignore[misc]
 
 
 class ReplySender:
-    """The body of a streamed reply, sent as gunicorn would, but without waiting. Satisfies web.pump.Sender."""
+    """A streamed reply, sent as gunicorn would, but without waiting. Satisfies web.pump.Sender.
+
+    The head goes with the first frame, which comes after PING_SECONDS at most: sent alone, it wakes the client in the
+    middle of the step that computes the first token.
+    """
 
     def __init__(self, reply: Any):
         self._reply = reply
 
     def begin(self) -> None:
-        """Send the head. Little is held for a reader: one who stops is noticed after 128 KiB, and not after 2.6 MiB."""
+        """Hold little for a reader: one who stops is noticed after 128 KiB, and not after 2.6 MiB."""
         self._reply.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-        self._reply.send_headers()
+
+    def _head(self) -> bytes:
+        """Return the head if it is still to be sent; it counts as sent then."""
+        if self._reply.headers_sent:
+            return b""
+        lines = self._reply.default_headers() + [f"{name}: {value}\r\n" for name, value in self._reply.headers]
+        self._reply.headers_sent = True
+        return "".join([*lines, "\r\n"]).encode("latin-1")
 
     def send(self, data: bytes) -> bytes:
         """Send as much as goes at once; return the rest."""
         self._reply.sent += len(data)
         if self._reply.chunked:
             data = b"%X\r\n%b\r\n" % (len(data), data)
+        data = self._head() + data
         try:
             return data[self._reply.sock.send(data, socket.MSG_DONTWAIT) :]
         except BlockingIOError:
@@ -201,7 +213,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
     # --- connections; all on the loop's thread ---
 
     def accept(self, listener: Any) -> None:
-        """Take a connection and wait for its first byte."""
+        """Take a connection and wait for its first byte, unless it is there."""
         try:
             sock, client = listener.accept()
         except OSError as error:
@@ -211,6 +223,11 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         self.nr_conns += 1
         _set_deadlines(sock)
         connection = Connection(self, sock, client, listener.getsockname())
+        with contextlib.suppress(BlockingIOError, OSError):
+            if sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):  # most are: so a turn of the loop is spared
+                connection.data_ready = True
+                self.enqueue_req(connection)
+                return
         connection.timeout = time.monotonic() + READ_SECONDS
         self.pending_conns.append(connection)
         self.poller.register(sock, selectors.EVENT_READ, partial(self.on_pending_socket_readable, connection))
@@ -256,7 +273,11 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         self.of_thread.connection = conn
         if conn.initialized:
             conn.parser.unreader.begin()
-        return super().handle(conn)
+        goes_on = super().handle(conn)
+        if goes_on is False:
+            with contextlib.suppress(OSError):
+                conn.sock.shutdown(socket.SHUT_WR)  # the client need not wait for the loop to see the end
+        return goes_on
 
     # --- errors before the application ---
 
