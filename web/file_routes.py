@@ -25,7 +25,7 @@ from web.strict_json import expect_upload
 
 PAGE = 10_000
 TYPES = {".jsonl": "application/jsonl", ".txt": "text/plain; charset=utf-8", "": "application/octet-stream"}
-ERRORS: dict[str | int | HTTPStatus, Any] = BEFORE_ROUTES | dict.fromkeys((400, 401, 403, 413, 415), OpenAIError)
+ERRORS: dict[str | int | HTTPStatus, Any] = dict.fromkeys((*BEFORE_ROUTES, 400, 401, 403, 413, 415), OpenAIError)
 
 routes = APIBlueprint("files", __name__, abp_tags=[Tag(name="OpenAI")], abp_responses=ERRORS)
 

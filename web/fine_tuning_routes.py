@@ -32,7 +32,7 @@ from web.schemas import BEFORE_ROUTES
 
 JOBS_PAGE, EVENTS_PAGE, CHECKPOINTS_PAGE = 20, 20, 10
 END_WAIT = 15.0  # seconds; a trainer that does not end is killed before
-ERRORS: dict[str | int | HTTPStatus, Any] = BEFORE_ROUTES | dict.fromkeys((400, 401, 403, 404, 413, 415), OpenAIError)
+ERRORS: dict[str | int | HTTPStatus, Any] = dict.fromkeys((*BEFORE_ROUTES, 400, 401, 403, 404, 413, 415), OpenAIError)
 
 routes = APIBlueprint("fine_tuning", __name__, abp_tags=[Tag(name="OpenAI")], abp_responses=ERRORS)
 

@@ -22,7 +22,7 @@ STATIC = Path(__file__).parent / "static"
 SWAGGER = Path(flask_openapi3_swagger.__file__).parent / "templates" / "swagger"
 TEXT = {"text/plain": {"schema": {"type": "string"}}}
 
-ERRORS: dict[str | int | HTTPStatus, Any] = BEFORE_ROUTES | {400: Error, 401: Error, 403: Error}
+ERRORS: dict[str | int | HTTPStatus, Any] = dict.fromkeys((*BEFORE_ROUTES, 400, 401, 403), Error)
 
 routes = APIBlueprint("health", __name__, abp_tags=[Tag(name="operations")], abp_responses=ERRORS)
 

@@ -54,7 +54,7 @@ from web.schemas import (
 )
 from web.strict_json import expect_upload
 
-ERRORS: dict[str | int | HTTPStatus, Any] = BEFORE_ROUTES | {400: Error, 401: Error, 403: Error, 413: Error, 415: Error}
+ERRORS: dict[str | int | HTTPStatus, Any] = dict.fromkeys((*BEFORE_ROUTES, 400, 401, 403, 413, 415), Error)
 
 routes = APIBlueprint("jobs", __name__, abp_tags=[Tag(name="training")], abp_responses=ERRORS)
 
@@ -221,7 +221,7 @@ def _follow(ctx: Context, name: str, client: Client) -> Iterator[dict[str, Any] 
             "description": "the end of the log, or with `follow` events until the job ends",
             "content": {
                 "application/json": {"schema": Log.model_json_schema()},
-                "text/event-stream": {"schema": {"type": "string"}},
+                "text/event-stream": {},
             },
         },
         404: Error,

@@ -21,16 +21,8 @@ from web.context import context
 from web.loading import on_allow_list
 from web.schemas import BEFORE_ROUTES, Error, GenerateBody, Generated, LoadBody, Message, Models, NoFields, Status
 
-ERRORS: dict[str | int | HTTPStatus, Any] = BEFORE_ROUTES | {
-    400: Error,
-    401: Error,
-    403: Error,
-    413: Error,
-    415: Error,
-    429: Error,
-    503: Error,
-    504: Error,
-}
+REFUSALS = (400, 401, 403, 413, 415, 429, 503, 504)
+ERRORS: dict[str | int | HTTPStatus, Any] = dict.fromkeys((*BEFORE_ROUTES, *REFUSALS), Error)
 
 routes = APIBlueprint("native", __name__, abp_tags=[Tag(name="native")], abp_responses=ERRORS)
 
@@ -132,7 +124,7 @@ def _events(body: GenerateBody, batch: Batch) -> Iterator[dict[str, Any] | None]
             "description": "the continued text, or with `stream` events whose last one is this reply",
             "content": {
                 "application/json": {"schema": Generated.model_json_schema()},
-                "text/event-stream": {"schema": {"type": "string"}},
+                "text/event-stream": {},
             },
         },
         409: Error,

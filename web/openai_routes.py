@@ -36,7 +36,7 @@ from web.openai_schemas import (
 from web.schemas import BEFORE_ROUTES
 
 REFUSALS = (400, 401, 403, 404, 413, 415, 429, 503, 504)
-ERRORS: dict[str | int | HTTPStatus, Any] = BEFORE_ROUTES | dict.fromkeys(REFUSALS, OpenAIError)
+ERRORS: dict[str | int | HTTPStatus, Any] = dict.fromkeys((*BEFORE_ROUTES, *REFUSALS), OpenAIError)
 
 routes = APIBlueprint("openai", __name__, abp_tags=[Tag(name="OpenAI")], abp_responses=ERRORS)
 

@@ -6,7 +6,6 @@ may rely on; more may come. Training's body is TrainConfig itself.
 """
 
 from collections.abc import Mapping
-from http import HTTPStatus
 from typing import Annotated, Any
 
 from flask_openapi3.models.file import FileStorage
@@ -246,7 +245,7 @@ class Error(BaseModel):
 
 
 # Answers that any route may have before it is reached
-BEFORE_ROUTES: dict[str | int | HTTPStatus, Any] = dict.fromkeys((414, 431), Error)
+BEFORE_ROUTES = (414, 431)
 
 
 class Status(Reply):

@@ -27,7 +27,7 @@ def output(command: list[str], folder: Path, given: str | None = None) -> str:
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-4000:]}"
     return done.stdout
 
 

@@ -25,8 +25,11 @@ def alone(models, tmp_path):
 
 
 @pytest.mark.timeout(280)
-def test_no_route_fails_or_says_what_is_not_documented(alone, tmp_path):
-    how = ["--seed", "1", "--max-examples", "5", "--max-time", "45", "--checks", CHECKS, "--no-color", "--workers", "1"]
+@pytest.mark.parametrize(
+    "length", [[], pytest.param(["--max-time", "120"], marks=pytest.mark.slow)], ids=["once", "long"]
+)
+def test_no_route_fails_or_says_what_is_not_documented(alone, tmp_path, length):
+    how = ["--seed", "1", "--max-examples", "5", *length, "--checks", CHECKS, "--no-color", "--workers", "1"]
     command = ["-m", "schemathesis.cli", "--config-file", str(CONFIG), "run", f"{alone.url}/openapi.json", *how]
     said = run(command, tmp_path)
     tested = re.search(r"Tested: (\d+)", said)
