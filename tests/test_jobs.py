@@ -639,7 +639,6 @@ def test_a_trainer_whose_start_was_never_recorded_is_adopted_and_not_started_twi
     assert again.get("b").describe()["process_id"] == os.getpid() and len(place.backend.started) == 1
 
 
-@pytest.mark.fault("F19", "a second manager of one out/")
 def test_what_a_killed_server_was_about_to_write_in_out_goes_with_the_next_start(place):
     half = temporary_beside(place.workspace.out / ".server.json")
     half.write_text('{"mod')
@@ -647,6 +646,7 @@ def test_what_a_killed_server_was_about_to_write_in_out_goes_with_the_next_start
     assert not half.exists()
 
 
+@pytest.mark.fault("F19", "a second manager of one out/")
 def test_a_second_server_on_the_same_out_is_refused_by_name(place):
     place.manager()
     with pytest.raises(OutInUse, match=rf"out/.lock is held by another server, process {os.getpid()}"):

@@ -25,7 +25,7 @@ from training.job import Job, Status, ranks_of
 from training.process import children, signal_session
 from training.rank import FOLDER, LAUNCHER, NOTE, Rank
 
-FIELDS = TINY | {"max_iters": 120, "eval_interval": 20, "eval_iters": 1, "sample_tokens": 0, "learning_rate": 1e-3}
+FIELDS = TINY | {"max_iters": 80, "eval_interval": 20, "eval_iters": 1, "sample_tokens": 0, "learning_rate": 1e-3}
 TWO = {"nproc_per_node": 2}
 SHARD = TWO | {"shard": "true", "sample_tokens": 4}
 
@@ -109,7 +109,8 @@ def test_shards_make_the_losses_and_the_checkpoint_of_one_process_which_goes_on_
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_request_to_stop_saves_once_loses_no_iteration_and_a_resumed_run_goes_on(place):
-    with trainer(place, "two", **TWO, max_iters=100_000) as launcher:
+    schedule = {"lr_decay_iters": 100_000, "warmup_iters": 50}
+    with trainer(place, "two", **TWO | schedule, max_iters=100_000) as launcher:
         until(lambda: reached(place, "two", 5))
         launcher.send_signal(signal.SIGTERM)
         assert launcher.wait(60) == 0, log(place, "two")
@@ -118,7 +119,7 @@ def test_a_request_to_stop_saves_once_loses_no_iteration_and_a_resumed_run_goes_
     end = state["iter_num"] + 10
     with trainer(place, "two", init_from="resume", max_iters=end) as launcher:
         assert launcher.wait(60) == 0, log(place, "two")
-    place.train("one", **FIELDS | {"max_iters": end, "lr_decay_iters": 100_000, "warmup_iters": 50})
+    place.train("one", **FIELDS | schedule | {"max_iters": end})
     assert same_losses(place, "two", "one") and len(losses(place, "two")) == end
 
 
