@@ -1,7 +1,8 @@
-# make setup | run | demo | test | faults | check | sanitize | bench     Variables: PYTHON=python3.12 PORT=5001 PIP_FLAGS="--index-url ..."
+# make setup | run | demo | test | faults | check | sanitize | bench     Variables: PYTHON=python3.12 PORT=5001 WORKERS=4 PIP_FLAGS="--index-url ..."
 PYTHON ?= python3
 PORT ?= 5000
 PIP_FLAGS ?=
+WORKERS ?= 2
 BENCH_FLAGS ?=
 BENCH_HTTP_FLAGS ?= $(BENCH_FLAGS)
 BIN := .venv/bin
@@ -46,8 +47,9 @@ run: setup
 demo: setup
 	$(PY) demo.py
 
+# File by file, in their order: what a file shares is made once, and the files that take longest come first.
 test: dev
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 faults: dev
 	$(BIN)/pytest -m fault tests

@@ -17,7 +17,7 @@ from live_server import Process, until
 from openai import OpenAI
 
 CLIENTS, TOKENS, MODELS = 16, 60, ("tiny-shakespeare", "other")
-PROMPTS = [f"{letter} said to {letter.lower()}" for letter in string.ascii_uppercase[:24]]
+PROMPTS = [f"{letter} said to {letter.lower()}" for letter in string.ascii_uppercase[:12]]
 TEXT = "".join(json.dumps({"text": f"{n} and {n} is {2 * n}. " * 8}) + "\n" for n in range(40))
 TINY = {"from_scratch": True, "tokenizer": "char", "n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 32}
 ENDLESS = {"max_iters": 10**6, "eval_interval": 10**6, "log_interval": 1, "eval_iters": 1, "threads": 1}
@@ -117,7 +117,7 @@ def expected(crowded) -> dict[tuple[str, str], str]:
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("seconds", [8, pytest.param(120, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seconds", [4, pytest.param(120, marks=pytest.mark.slow)])
 def test_a_crowd_gets_the_texts_that_each_would_get_alone_while_a_job_trains(crowded, expected, seconds):
     with OpenAI(base_url=f"{crowded.url}/v1", api_key="-", timeout=60) as client:
         jobs = client.fine_tuning.jobs

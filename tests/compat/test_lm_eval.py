@@ -35,14 +35,11 @@ def folder(tmp_path_factory) -> Path:
 
 
 class Scores:
-    """What the harness wrote: its results, and its samples by task."""
+    """What the harness found: its results, and its samples by task."""
 
-    def __init__(self, written: Path):
-        self.results = json.loads(next(written.rglob("results_*.json")).read_text())["results"]
-        self.samples = {}
-        for name in NAMES:
-            lines = next(written.rglob(f"samples_{name}_*.jsonl")).read_text().splitlines()
-            self.samples[name] = sorted((json.loads(line) for line in lines), key=lambda s: s["doc_id"])
+    def __init__(self, found: dict):
+        self.results = found["results"]
+        self.samples = {name: sorted(found["samples"][name], key=lambda s: s["doc_id"]) for name in NAMES}
 
     def likelihoods(self, name: str) -> list[float]:
         """Return the log-likelihood of every request, in order."""
@@ -53,29 +50,39 @@ class Scores:
         return [answer for sample in self.samples[name] for answer in sample["resps"]]
 
 
-def evaluate(folder: Path, label: str, backend: str, **arguments: object) -> Scores:
-    """Run the harness as one would on the command line."""
-    about = ",".join(f"{name}={value}" for name, value in arguments.items())
-    command = ["-m", "lm_eval", "run", "--model", backend, "--model_args", about, "--device", "cpu", "--tasks", *NAMES]
-    run([*command, "--include_path", str(folder), "--output_path", str(folder / label), "--log_samples"], folder)
-    return Scores(folder / label)
+# The harness's own tasks are left out: to read their ten thousand files takes longer than all else here. Its command
+# line, which reads them, is run by test_use_it_with.py.
+HARNESS = """
+import json, sys
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+
+names, models = json.loads(sys.argv[1])
+tasks = TaskManager(include_path=".", include_defaults=False)
+found = {
+    label: simple_evaluate(model, arguments, tasks=names, device="cpu", task_manager=tasks)
+    for label, (model, arguments) in models.items()
+}
+with open("found.json", "w") as f:
+    json.dump({label: {key: each[key] for key in ("results", "samples")} for label, each in found.items()}, f)
+"""
 
 
 @pytest.fixture(scope="module")
-def through_server(folder, server):
-    """Return a function that scores a model through the server."""
-
-    def score(name: str) -> Scores:
-        address = {"base_url": f"{server.url}/v1/completions", "tokenizer_backend": "remote"}
-        return evaluate(folder, name, "local-completions", model=name, max_length=512, num_concurrent=4, **address)
-
-    return score
+def scores(folder, server, models) -> dict[str, Scores]:
+    """Return what the harness says of the two models through the server, and of `peer`, which is `random` without."""
+    address = {"base_url": f"{server.url}/v1/completions", "tokenizer_backend": "remote"}
+    through_server = {"max_length": 512, "num_concurrent": 4, **address}
+    asked = {name: ("local-completions", {"model": name, **through_server}) for name in ("zero", "random")}
+    there = {"pretrained": str(models / "models" / "random"), "dtype": "float32"}
+    asked["peer"] = ("hf", {"max_length": 510, **there})  # of the server's 512 it leaves two
+    run(["-c", HARNESS, json.dumps([NAMES, asked])], folder)
+    return {label: Scores(found) for label, found in json.loads((folder / "found.json").read_text()).items()}
 
 
 @pytest.mark.timeout(300)
-def test_a_model_of_zeros_has_the_perplexity_of_its_vocabulary(through_server, server):
-    assert server.post("/api/load_model", {"model_path": "models/zero"}).status_code == 200
-    scores = through_server("zero")
+def test_a_model_of_zeros_has_the_perplexity_of_its_vocabulary(scores):
+    scores = scores["zero"]
     assert scores.results["rolling"]["byte_perplexity,none"] == pytest.approx(BYTES, rel=1e-7)  # 32-bit floats
     lengths = [len(choice.encode()) for _, choices, _ in QUESTIONS for choice in choices]
     expected = [-length * math.log(BYTES) for length in lengths]
@@ -83,11 +90,8 @@ def test_a_model_of_zeros_has_the_perplexity_of_its_vocabulary(through_server, s
 
 
 @pytest.mark.timeout(300)
-def test_the_scores_are_those_of_the_harness_on_the_exported_model(through_server, server, folder, models):
-    assert server.post("/api/load_model", {"model_path": "models/random"}).status_code == 200
-    ours = through_server("random")
-    there = {"pretrained": models / "models" / "random", "dtype": "float32"}
-    peers = evaluate(folder, "peer", "hf", max_length=510, **there)  # of the server's 512 it leaves two
+def test_the_scores_are_those_of_the_harness_on_the_exported_model(scores):
+    ours, peers = scores["random"], scores["peer"]
     for name in ("choice", "rolling"):
         assert ours.likelihoods(name) == pytest.approx(peers.likelihoods(name), rel=1e-5)
     assert ours.answers("continuation") == peers.answers("continuation")
