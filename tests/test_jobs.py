@@ -347,6 +347,7 @@ def test_a_job_ends_as_its_trainer_says(place):
     )
     place.backend.end("a", state="succeeded", iter_num=10, best_val_loss=2.6)
     job = wait_for(manager, "a", "succeeded")
+    assert job["iteration"] == 10
     assert (job["iter_num"], job["loss"], job["best_val_loss"], job["error"]) == (10, 2.5, 2.6, None)
     assert job["process_id"] is None and job["finished"] >= job["started"]
 

@@ -125,6 +125,7 @@ class Job:
         return {
             "name": self.run.name,
             "state": status.state,
+            "iteration": iter_num,  # in a plain word, for whoever does not know nanoGPT's
             "iter_num": iter_num,
             "max_iters": max_iters,
             "loss": row.get("loss"),
