@@ -1,5 +1,6 @@
 """Errors: one shape for each API, fixed words for the unknown, and a status for every exception of ours."""
 
+import errno
 import inspect as python_inspect
 import logging
 
@@ -46,6 +47,7 @@ def subclasses(module, base):
         (ConfigError("m"), 400, 400),
         (GenerationFailed("m"), 500, 500),
         (ClientGone(), 499, 499),
+        (OSError(errno.ENOSPC, "No space left on device", "/tmp/x"), 409, 400),
         (Refused(418, "m"), 418, 418),
     ],
 )

@@ -23,6 +23,7 @@
     │   └── EngineDown               503     engine_down
     ├── GenerationFailed             500     engine_error
     ├── ClientGone                   499     nobody reads it; it is for the counters
+    ├── OSError of a full disk       409     (400 under /v1)
     └── anything else                500     an id, whose details are in the log
 
 Bodies: {"error": "…"}; under /v1 and for /completions {"error": {"message", "type", "param", "code"}}.
@@ -31,6 +32,7 @@ OpenAI's clients retry 409 and everything from 500 up, so /v1 uses 409 for nothi
 fail again (501, 504) tells them not to.
 """
 
+import errno
 import inspect
 import logging
 import re
@@ -54,6 +56,7 @@ log = logging.getLogger(__name__)
 
 OPENAI_PATHS = ("/v1/", "/completions", "/tokenize", "/detokenize", "/tokenizer_info")
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error", 501: "not_implemented_error"}
+FULL = (errno.ENOSPC, errno.EDQUOT)
 FIXED = {
     404: "there is nothing at this path; GET /docs lists every route",
     405: "this path does not have this method",
@@ -171,6 +174,9 @@ def problem_of(error: Exception, openai: bool = False) -> Problem:
         return Problem(500, str(error), "engine_error")
     if isinstance(error, ClientGone):
         return Problem(499, "the client has gone")
+    if isinstance(error, OSError) and error.errno in FULL:
+        log.error("the disk is full: %s", error.filename)
+        return Problem(400 if openai else 409, "a disk of the server is full, so this could not be kept")
     return _unexpected(error)
 
 
