@@ -30,11 +30,12 @@ def memory_bytes(
 ) -> int:
     """Return the bytes of weights and cache, of which there are at most `cache_memory`."""
     args = asdict(config)
-    if runner == "torch" and device == "cpu":
+    plain_cpu = runner == "torch" and device == "cpu"  # its cache is fp32 in any precision
+    if plain_cpu:
         args["tied"] = False  # the packed head is a copy
     weights = count_parameters(args) * BYTES[dtype]
     places = slots + 1 if device == "cuda" else slots  # the scratch slot of decode graphs
-    cache = 2 * config.n_layer * places * config.block_size * config.n_embd * (4 if dtype == "fp32" else 2)
+    cache = 2 * config.n_layer * places * config.block_size * config.n_embd * (4 if plain_cpu or dtype == "fp32" else 2)
     return weights + (cache if cache_memory is None else min(cache, cache_memory))
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-WASTE = 1.3  # decoding rows are attended to together while the padded span stays below this times the needed one
+WASTE = 1.6  # decoding rows are attended to together while the padded span stays below this times the needed one
 
 
 @dataclass(frozen=True)

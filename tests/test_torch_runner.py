@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from inference import build as building
 from inference import packed_linear
 from inference.build import RunnerOptions, build_runner, choose, fingerprint, pick_device
+from inference.footprint import memory_bytes
 from inference.torch_runner import TorchRunner
 from model import GPT, GPTConfig
 
@@ -184,6 +185,13 @@ def test_numbers_that_are_none_stay_in_their_sequence() -> None:
 def test_the_last_position_of_the_context_can_be_used() -> None:
     ids = [i % V for i in range(40)]
     torch.testing.assert_close(feed(TorchRunner(tiny(), 1), ids, 0, [39, 1]), whole(tiny(), ids), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_memory_that_is_told_is_that_of_its_cache(dtype: str) -> None:
+    runner = TorchRunner(tiny(), 4, dtype=dtype)
+    four, five = (memory_bytes(tiny().config, "torch", "cpu", dtype, slots) for slots in (4, 5))
+    assert five - four == runner.block_size * runner.position_bytes
 
 
 def test_bf16_stays_near_fp32() -> None:
