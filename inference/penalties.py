@@ -17,11 +17,8 @@ class Entries:
     """(row, token id, value) triples of a batch."""
 
     def __init__(self) -> None:
-        self.rows, self.ids, self.values = (
-            array("q"),
-            array("q"),
-            array("f"),
-        )  # a tensor is made of these at once, of a list slowly
+        # arrays, because a tensor of a list is made number by number
+        self.rows, self.ids, self.values = array("q"), array("q"), array("f")
 
     def add(self, row: int, ids: list[int], values: list[float]) -> None:
         self.rows.extend([row] * len(ids))

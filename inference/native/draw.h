@@ -191,7 +191,7 @@ inline Border border(double goal, float low, DrawRoom &room) {
         else limit = middle, above = part;
     }
     narrow();
-    std::sort(room.some[0].at, room.some[0].at + count, std::greater<>());
+    if (limit - least > 1) std::sort(room.some[0].at, room.some[0].at + count, std::greater<>());  // else all are equal
     Border found{value(least), 0};
     for (long i = 0; i < count && before < goal; before += w[i++])
         found = {w[i], i && w[i] == found.least ? found.ties + 1 : 1};
