@@ -101,7 +101,7 @@ class Lane:
             chosen = self._compute(step)
         except Exception:
             logger.exception("a step of %d sequences failed; each is tried alone", len(step.shares))
-            return sum(self._step_alone(share) for share in step.shares)
+            return sum(self._step_alone(share) for share in step.shares if not share.over)
         self.scheduler.budget.observe(step.decoding, step.prefilled, time.monotonic() - started)
         for share, tokens in zip(step.shares, chosen, strict=True):
             if share.draft and not share.over:

@@ -166,6 +166,16 @@ def test_a_begun_step_that_fails_ends_only_the_sequence_at_fault() -> None:
     assert outcome(b)[0] == [12, 13, 14, 15, 16, 17]
 
 
+def test_a_begun_step_that_fails_when_one_of_its_sequences_has_left_ends_nobody_else() -> None:
+    at = At()
+    leaves, stays = at.join(1, 6), at.join(11, 6)
+    at.steps(2)
+    leaves.cancelled = True
+    at.runner.fails = 1
+    at.finish()
+    assert outcome(leaves)[0] == [2, 3] and outcome(stays)[0] == [12, 13, 14, 15, 16, 17]
+
+
 def test_a_draft_takes_the_place_of_the_step_that_was_begun() -> None:
     at = At(speculation=True)
     a = at.join(1, 60)  # it repeats after 32 tokens
