@@ -17,9 +17,8 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from storage.errors import NotFound, NotLoadable, StorageError
 from storage.files import open_descriptor, read_json, replace_file, sync_folder, write_json
@@ -97,8 +96,7 @@ def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
 # ---- listing
 
 
-@dataclass(frozen=True)
-class CheckpointFile:
+class CheckpointFile(NamedTuple):
     """A checkpoint file as a listing shows it."""
 
     name: str

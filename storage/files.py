@@ -111,23 +111,28 @@ def open_regular(root: Path, parts: Sequence[str]) -> int:
         return open_descriptor(parts[-1], folder)
 
 
-def open_descriptor(name: str | Path, folder: int | None = None, follow: bool = False) -> int:
-    """Open a regular file (in the open folder `folder`) for reading; return its descriptor.
-
-    A link is followed only if `follow`. Raises NotFound and NotLoadable.
-    """
+def _opened(name: str | Path, folder: int | None = None, follow: bool = False) -> tuple[int, os.stat_result]:
+    """Open a regular file, as open_descriptor does; return its descriptor and what is known of it."""
     try:
         descriptor = os.open(name, _OPEN & ~os.O_NOFOLLOW if follow else _OPEN, dir_fd=folder)
     except OSError as e:
         raise _explain(e, os.path.basename(name)) from None
     try:
-        mode = os.fstat(descriptor).st_mode
-        if not stat.S_ISREG(mode):
-            _require_kind(mode, os.path.basename(name), stat.S_ISREG, "a file")
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            _require_kind(found.st_mode, os.path.basename(name), stat.S_ISREG, "a file")
     except BaseException:
         os.close(descriptor)
         raise
-    return descriptor
+    return descriptor, found
+
+
+def open_descriptor(name: str | Path, folder: int | None = None, follow: bool = False) -> int:
+    """Open a regular file (in the open folder `folder`) for reading; return its descriptor.
+
+    A link is followed only if `follow`. Raises NotFound and NotLoadable.
+    """
+    return _opened(name, folder, follow)[0]
 
 
 class Identity(NamedTuple):
@@ -168,9 +173,9 @@ def parse_json(data: bytes, name: str) -> Any:
 
 def read_bytes(path: str | Path, limit_bytes: int, follow: bool = False) -> bytes:
     """Return a regular file's content; raises NotFound, and NotLoadable for a larger file or another kind."""
-    descriptor = open_descriptor(path, follow=follow)
+    descriptor, found = _opened(path, follow=follow)
+    size = found.st_size
     try:
-        size = os.fstat(descriptor).st_size
         data = os.read(descriptor, size + 1) if size <= limit_bytes else b""
     finally:
         os.close(descriptor)
@@ -181,7 +186,11 @@ def read_bytes(path: str | Path, limit_bytes: int, follow: bool = False) -> byte
 
 def read_json(path: str | Path, limit_bytes: int = JSON_LIMIT) -> Any:
     """Return the value in a JSON file; raises NotFound, and NotLoadable for what is not strict JSON."""
-    return parse_json(read_bytes(path, limit_bytes), os.path.basename(path))
+    data = read_bytes(path, limit_bytes)
+    try:
+        return _STRICT.decode(data.decode("utf-8"))
+    except (RecursionError, ValueError):
+        return parse_json(data, os.path.basename(path))  # says what is wrong with it
 
 
 def write_json(path: Path, obj: Any) -> None:

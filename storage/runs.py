@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from storage.registry import ModelReference
 
 
+EXPORTED = ("model.safetensors", "model.safetensors.index.json")  # weights in Hugging Face's format
+
+
 @dataclass(frozen=True)
 class Run:
     """One training run: the folder out/<name>/."""
@@ -134,7 +137,7 @@ def describe_run(name: str, folder: str) -> dict[str, Any]:
 
 def _describe_export(name: str, folder: str) -> dict[str, Any]:
     """Return the same of a folder with a model in Hugging Face's format. Raises NotFound."""
-    for file in ("model.safetensors", "model.safetensors.index.json"):
+    for file in EXPORTED:
         if (found := regular_file(folder, file)) is not None:
             break
     else:
@@ -193,17 +196,18 @@ class Workspace:
 
     def runs(self) -> list[Run]:
         """Return all run folders, sorted by name; links and odd names are left out."""
-        return [Run(name, self.out / name) for name in self._names()]
+        return [Run(name, self.out / name) for name in self.names()]
 
     def trained_models(self) -> list[dict[str, Any]]:
         """Return the description of every run that has weights, sorted by name; see describe_run."""
         out, described = str(self.out), []
-        for name in self._names():
+        for name in self.names():
             with contextlib.suppress(NotFound):
                 described.append(describe_run(name, f"{out}/{name}"))
         return described
 
-    def _names(self) -> list[str]:
+    def names(self) -> list[str]:
+        """Return the names of all run folders, sorted; links and odd names are left out."""
         try:
             entries = os.scandir(self.out)
         except OSError:

@@ -16,6 +16,7 @@ from inference.backend import InferenceBackend, ServedModel
 from inference.sequence import InferenceError
 from storage.errors import StorageError
 from storage.files import read_json, write_json
+from storage.listing import RunListing
 from storage.registry import BUNDLED, ModelReference, resolve
 from storage.runs import Workspace
 from web.errors import Refused
@@ -68,7 +69,7 @@ class ModelLoader:
 
     def __init__(self, settings: Settings, engine: InferenceBackend, workspace: Workspace):
         self._settings, self._engine, self._workspace = settings, engine, workspace
-        self._starting = threading.Event()
+        self._starting, self._listing = threading.Event(), RunListing(workspace)
 
     @property
     def starting(self) -> bool:
@@ -121,7 +122,7 @@ class ModelLoader:
 
     def trained(self) -> list[dict[str, Any]]:
         """Return the runs that may be loaded."""
-        found = self._workspace.trained_models()
+        found = self._listing.trained_models()
         return [run for run in found if on_allow_list(self._settings, (run["name"], run["path"]))]
 
     def _remember(self, choice: dict[str, str] | None) -> None:

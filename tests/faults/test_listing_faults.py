@@ -45,7 +45,7 @@ def test_runs_are_listed_with_what_is_damaged_and_no_weights_are_opened(tmp_path
     with monkeypatch.context() as watched:
         watched.setattr(os, "open", lambda path, *a, **k: opened.append(str(path)) or original(path, *a, **k))
         assert server.get("/api/models").status_code == 200
-    assert len(found) == runs and len(opened) == 3 * runs and not any(path.endswith(".pt") for path in opened)
+    assert len(found) == runs and len(opened) <= 3 * runs and not any(path.endswith(".pt") for path in opened)
     damaged = [run["name"] for run in found if run["damaged"]]
     assert damaged == [f"r{i:04}" for i in range(0, runs, 10)]
     assert all(len(run["checkpoints"]) == 3 for run in found)
