@@ -21,7 +21,17 @@ from pathlib import Path
 from typing import Any
 
 from storage import tokenizer as tokenizers
-from storage.documents import Source, count_documents, format_of, pieces, reported, sources
+from storage.documents import (
+    Source,
+    count_documents,
+    format_of,
+    pieces,
+    reported,
+    require_two_examples,
+    scan,
+    sources,
+    validation_start,
+)
 from storage.errors import NotFound, NotLoadable, StorageError
 from storage.files import NAME, check_name, look_up, quoted
 from storage.runs import Workspace
@@ -50,6 +60,7 @@ ALIASES = {"shakesphere": "shakespeare"}  # a spelling in use since the first pu
 NANOGPT = token_type(2**16)  # uint16, whatever the vocabulary
 NANOGPT_FILES = ("train.bin", "val.bin")
 GPT2_VOCAB = 50257
+READ_AT_ONCE = 2**20  # bytes of text that are read before a job is made
 CHECKED_AT_ONCE = 64 * 2**20  # bytes of a token file whose ids are looked at before a job is made
 
 
@@ -180,6 +191,8 @@ class Dataset:
             size = sum(source.size for source in files)
             if block_size is not None and size <= block_size:
                 raise self.refuse(f"has {size} bytes of text, too little for block_size {block_size}")
+            if size <= READ_AT_ONCE and validation_start(self.folder, files) is None:
+                require_two_examples(self.name, scan(pieces(self.folder, files)))
         elif not self._is_script() and not self._has("tokens"):
             raise self._nothing()
 

@@ -218,6 +218,15 @@ def scan(stream: Iterator[Piece]) -> Scan:
     return result
 
 
+def require_two_examples(dataset: str, found: Scan) -> None:
+    """Raise NotLoadable for examples that are all one and the same: one is there to validate on, and none to learn."""
+    if found.masked and len(set(found.hashes)) == 1:
+        how_many = "has one example" if found.documents == 1 else f"has {found.documents} examples, all the same"
+        raise NotLoadable(
+            f"dataset {dataset} {how_many}: it takes at least two different ones, one of them to validate on"
+        )
+
+
 def validation_start(folder: Path, files: Sequence[Source]) -> int | None:
     """Return how many documents come before the files of VALIDATION, None if `sources` found none of these."""
     before = [file for file in files if file.name not in VALIDATION]

@@ -17,7 +17,16 @@ from typing import Any
 import numpy as np
 
 from storage.chat_format import is_chat
-from storage.documents import Scan, Source, format_of, pieces, reported, scan, validation_start
+from storage.documents import (
+    Scan,
+    Source,
+    format_of,
+    pieces,
+    reported,
+    require_two_examples,
+    scan,
+    validation_start,
+)
 from storage.errors import NoSpace, NotFound, NotLoadable, StorageError
 from storage.files import (
     NAME,
@@ -152,7 +161,10 @@ class TokenCache:
         found = unfinished.scan(lambda: scan(reported(pieces(source, files), files, progress)))
         expected = found.characters if tokenizer.kind == "char" else int(found.bytes * EXPECTED_TOKENS_PER_BYTE)
         require_space(folder, expected * (dtype.itemsize + found.masked * MASK.itemsize) - unfinished.written)
-        labelled = split(pieces(source, files), found, validation_start(source, files))
+        val_from = validation_start(source, files)
+        if val_from is None:
+            require_two_examples(self.dataset, found)
+        labelled = split(pieces(source, files), found, val_from)
         write_tokens(unfinished, labelled, found, tokenizer, progress)
         return {
             "tokenizer": tokenizer.name,

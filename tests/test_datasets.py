@@ -516,6 +516,16 @@ def test_a_text_too_short_for_two_splits_is_refused(workspace):
         make(workspace, "a", text_txt="x").prepare(char_tokenizer("x"))
 
 
+@pytest.mark.parametrize(("count", "words"), [(1, "has one example"), (40, "has 40 examples, all the same")])
+def test_examples_that_are_all_the_same_are_refused_before_a_job_and_in_it(workspace, count, words):
+    source = make(workspace, "a", a_jsonl='{"prompt": "Who are you?", "completion": "A small model."}\n' * count)
+    for refuse in (lambda: source.check("char"), lambda: source.prepare(BPE)):
+        with pytest.raises(NotLoadable, match=f"dataset a {words}: it takes at least two different ones"):
+            refuse()
+    (source.folder / "val.jsonl").write_text('{"prompt": "Who is it?", "completion": "A small model."}\n')
+    source.check("char")
+
+
 def test_splits_shorter_than_a_block_are_refused_with_their_lengths(workspace):
     splits = make(workspace, "a", text_txt="x" * 100).prepare(char_tokenizer("x"))
     splits.require_length(9)
