@@ -45,6 +45,11 @@ def backend(run: Run, body: str) -> LocalBackend:
     return LocalBackend(Workspace(run.folder.parent.parent), script=script(run, body))
 
 
+def first_words(run: Run) -> set[str]:
+    """Return the first word of each line that the trainer has printed."""
+    return {line.partition(" ")[0] for line in run.log.read_text().splitlines()}
+
+
 def wait_until(condition) -> None:
     deadline = time.monotonic() + 10
     while not condition():
@@ -152,7 +157,7 @@ signal.pause()
 def test_kill_ends_a_deaf_trainer_and_the_children_it_forked(run):
     trainers = backend(run, DEAF)
     identity = trainers.start(run, resume=False, downloads=False)
-    wait_until(lambda: "child" in run.log.read_text() and "up" in run.log.read_text())
+    wait_until(lambda: {"child", "up"} <= first_words(run))
     trainers.terminate(identity)
     assert len(session(identity)) == 2
     trainers.kill(identity)
@@ -162,7 +167,7 @@ def test_kill_ends_a_deaf_trainer_and_the_children_it_forked(run):
 def test_a_child_that_leads_a_session_of_its_own_is_of_the_job_too(run):
     trainers = backend(run, DEAF.replace("== 0:", "== 0: os.setsid();"))
     identity = trainers.start(run, resume=False, downloads=False)
-    wait_until(lambda: "child" in run.log.read_text() and "up" in run.log.read_text())
+    wait_until(lambda: {"child", "up"} <= first_words(run))
     members = session(identity)
     assert len(members) == 2 and len({os.getsid(member.pid) for member in members}) == 2
     trainers.kill(identity)
