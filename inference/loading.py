@@ -82,7 +82,13 @@ class ModelSource:
             n_embd=config.n_embd,
             parameters=count_parameters(asdict(config)),
             memory_bytes=memory_bytes(
-                config, runner.name, runner.device, runner.dtype, runner.slots, options.cache_memory
+                config,
+                runner.name,
+                runner.device,
+                runner.dtype,
+                runner.slots,
+                options.cache_memory,
+                getattr(runner, "packed_bytes", None),  # which the native runner alone has
             ),
             runner=runner.name,
             runner_reason=reason,

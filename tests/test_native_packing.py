@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from inference.footprint import memory_bytes
 from inference.native import packing
 from inference.native.compact import compact, compact_bytes
 from inference.native_runner import NativeRunner
@@ -103,3 +104,20 @@ def test_a_model_with_weights_of_all_sizes_is_kept_in_16_bits(monkeypatch):
     chosen, used = logits(model, monkeypatch, packing.KINDS["bf16"])
     sixteen, large = logits(model, monkeypatch, (packing.BF16,))
     assert torch.equal(chosen, sixteen) and used == large
+
+
+@native
+@pytest.mark.parametrize("dtype", packing.KINDS)
+def test_the_memory_that_is_told_is_that_of_the_packed_weights_and_the_cache(dtype):
+    model = random_model()
+    runner = NativeRunner(model, slots=1, dtype=dtype, threads=2)
+    others = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 1 or "wpe" in name)
+    one, two = (memory_bytes(CONFIG, "native", "cpu", dtype, slots) for slots in (1, 2))
+    assert two - one == packing.up_to(CONFIG.block_size, packing.CACHE_BLOCK) * runner.position_bytes
+    assert one - (two - one) == runner.packed_bytes + 4 * others
+
+
+def test_the_memory_of_a_loaded_model_that_does_not_fit_into_12_bits_is_told_as_it_is():
+    usual = memory_bytes(CONFIG, "native", "cpu", "bf16", 1)
+    twelve, sixteen = (packing.packed_bytes(CONFIG, kind) for kind in packing.KINDS["bf16"])
+    assert memory_bytes(CONFIG, "native", "cpu", "bf16", 1, packed=sixteen) - usual == sixteen - twelve > 0

@@ -103,6 +103,22 @@ class Weights(Protocol):
         ...
 
 
+def matrices(config: GPTConfig) -> list[tuple[int, int]]:
+    """Return rows and width of each matrix that is packed."""
+    C, V = config.n_embd, config.vocab_size
+    return [(3 * C, C), (C, C), (4 * C, C), (C, 4 * C)] * config.n_layer + [(V, C)] * (1 if config.tied else 2)
+
+
+def panel_bytes(width: int, kind: int) -> int:
+    """Return the bytes of PANEL rows of a matrix."""
+    return compact_bytes(width) if kind == COMPACT else PANEL * width * STORED[kind].itemsize
+
+
+def packed_bytes(config: GPTConfig, kind: int) -> int:
+    """Return the bytes of a model's matrices when they are packed."""
+    return sum(up_to(rows, PANEL) // PANEL * panel_bytes(width, kind) for rows, width in matrices(config))
+
+
 class _Spread(Exception):
     """Too many weights of a matrix have an exponent without a code: 12 bits would be slower than 16."""
 
@@ -113,9 +129,7 @@ class Packer:
     def __init__(self, config: GPTConfig, kind: int):
         self.kind, self.stored = kind, STORED[kind]
         self.kept: list[Tensor] = []
-        C, V = config.n_embd, config.vocab_size
-        shapes = [(3 * C, C), (C, C), (4 * C, C), (C, 4 * C)] * config.n_layer + [(V, C)] * (1 if config.tied else 2)
-        self.nbytes = sum(up_to(n, PANEL) // PANEL * self._panel_bytes(k) for n, k in shapes)
+        self.nbytes = packed_bytes(config, kind)
         self._arena = Arena(self.nbytes, huge=True)
 
     def floats(self, tensor: Tensor | None, length: int | None = None) -> int | None:
@@ -131,7 +145,7 @@ class Packer:
         """Pack weights (rows, width) in panels of 32 rows. Raises ValueError if one is not finite."""
         rows, width = shape
         padded = up_to(rows, PANEL)
-        packed, rest = self._arena.take((padded // PANEL, self._panel_bytes(width)), torch.uint8), []
+        packed, rest = self._arena.take((padded // PANEL, panel_bytes(width, self.kind)), torch.uint8), []
         scale, start = torch.zeros(padded), 0
         small = (s for large in parts for s in torch.split(large.detach(), 4 * PANEL))  # so that copies are
         for part in small:
@@ -169,9 +183,6 @@ class Packer:
         rest = rest[:, 1:].contiguous()
         self.kept += [rest, of_panel]
         return rest.data_ptr(), of_panel.data_ptr()
-
-    def _panel_bytes(self, width: int) -> int:
-        return compact_bytes(width) if self.kind == COMPACT else PANEL * width * self.stored.itemsize
 
 
 def _pack(model: Weights, packer: Packer, native: Model) -> None:
