@@ -139,7 +139,7 @@ def test_terminate_reaches_the_trainer_and_wait_returns_when_it_has_ended(run):
         "signal.signal(signal.SIGTERM, end); print('up', flush=True); signal.pause()",
     )
     identity = trainers.start(run, resume=False, downloads=False)
-    wait_until(lambda: "up" in run.log.read_text())
+    wait_until(lambda: "up" in first_words(run))
     trainers.terminate(identity)
     assert ended(trainers, identity) == 0
     assert os.geteuid() != 0 or "policy 0" in run.log.read_text(), "it saves at the priority of others"
