@@ -293,12 +293,12 @@ def test_what_cannot_work_is_refused_before_anything_is_written(place, fields, e
     assert [entry.name for entry in place.workspace.out.iterdir()] == [".lock"] and not place.backend.started
 
 
-CHAT = '{"messages": [{"role": "user", "content": "1 and 2"}, {"role": "assistant", "content": "make 3, mostly."}]}\n'
+CHAT = '{"messages": [{"role": "user", "content": "1 and %d"}, {"role": "assistant", "content": "are numbers."}]}\n'
 
 
 def test_adapters_on_chats_need_a_model_that_knows_their_tokens(place):
     (place.workspace.data / "talk").mkdir()
-    (place.workspace.data / "talk" / "chat.jsonl").write_text(CHAT * 200)
+    (place.workspace.data / "talk" / "chat.jsonl").write_text("".join(CHAT % i for i in range(200)))
     base, manager = place.workspace.run("base"), place.manager()
     base.folder.mkdir()
     place.checkpoint("base")

@@ -214,8 +214,9 @@ class JobManager:
                     write_json(job.run.config, config.given())
                     status = Status("queued", job.status.created, resume=resume, priority=job.status.priority)
                     self._enqueue(job.run, status)
-        finally:
+        except BaseException:
             self._in_hand.discard(job.name)
+            raise
         return self.get(name)
 
     def delete(self, name: object) -> None:
