@@ -54,8 +54,8 @@ def can_pack(dtype: torch.dtype) -> bool:
 def fewest_rows() -> int:
     """Return how many rows a step should be padded to.
 
-    With AVX-512 oneDNN takes longer over 1 row than over 3 to 6, whose products hide more of the memory's latency: at 4
-    all products of GPT-2 took 0.86 of the time in fp32 and 0.93 in bf16. With AVX2 they took 1.09.
+    With AVX-512 oneDNN takes longer over 1 row than over 3 to 6 (why is unknown): at 4 all products of GPT-2 took 0.86
+    of the time in fp32 and 0.93 in bf16. With AVX2 they took 1.09.
     """
     return 4 if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else 1
 
