@@ -138,7 +138,8 @@ def test_it_generates_and_streams_the_same_text(server, how):
 
 def test_pieces_come_one_by_one_and_not_at_the_end(server):
     with server.post("/api/generate", {**LONG, "stream": True}, stream=True) as reply:
-        next(reply.iter_lines())
+        lines = reply.iter_lines()  # kept: where it ends, requests closes the connection
+        next(lines)
         assert server.get("/queue").json()["running"] == 1
     until(lambda: server.get("/queue").json()["running"] == 0, 3)
 
@@ -238,7 +239,8 @@ def test_a_second_signal_ends_at_once(root):
     process = Process(root, "--threads", "1", "--drain", "60", "--slots", "1")
     try:
         with process.post("/api/generate", {**LONG, "stream": True, "num_samples": 8}, stream=True) as reply:
-            next(reply.iter_lines())
+            lines = reply.iter_lines()
+            next(lines)
             process.child.send_signal(signal.SIGINT)
             until(lambda: not process.ready(), 5)
             begun = time.monotonic()
