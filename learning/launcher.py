@@ -56,7 +56,7 @@ def threads_each(processes: int) -> int:
 
 
 def run_together(script: Path, argv: Sequence[str], processes: int, threads: int, note: str = "") -> dict[int, int]:
-    """Run a script in several processes to their end; return the exit codes of those that failed first, by rank."""
+    """Run a script in several processes to their end; return exit codes by rank, of those that failed first."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {LAUNCHER: str(os.getpid()), FOLDER: folder, NOTE: note, "OMP_NUM_THREADS": str(threads)}
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # what they say to each other stays on this machine
@@ -78,19 +78,21 @@ def run_together(script: Path, argv: Sequence[str], processes: int, threads: int
         try:
             elastic_launch(config, sys.executable)(str(script), *argv)
         except ChildFailedError as error:
-            return {rank: failure.exitcode for rank, failure in error.failures.items()}
+            failures = sorted(error.failures.items(), key=lambda failure: (failure[1].timestamp, failure[0]))
+            return {rank: failure.exitcode for rank, failure in failures}
     return {}
 
 
 def cause(failures: dict[int, int]) -> tuple[int, int]:
     """Return rank and exit code of the process to blame.
 
-    One that was killed makes the others fail, or abort; and torchrun's agent ends those that are left with SIGTERM.
+    One that was killed makes the others fail, or abort; and torchrun's agent ends those that are left with SIGTERM, or
+    after half a minute with SIGKILL. Of equals the first is to blame.
     """
 
-    def guilt(failure: tuple[int, int]) -> tuple[int, int]:
-        rank, code = failure
-        return {-signal.SIGTERM: 3, -signal.SIGABRT: 1}.get(code, 2 if code > 0 else 0), rank
+    def guilt(failure: tuple[int, int]) -> int:
+        code = failure[1]
+        return {-signal.SIGTERM: 3, -signal.SIGABRT: 1}.get(code, 2 if code > 0 else 0)
 
     return min(failures.items(), key=guilt)
 

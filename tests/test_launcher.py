@@ -232,7 +232,7 @@ def test_a_rank_is_what_torchrun_says_and_what_our_launcher_adds(tmp_path):
 
 
 def test_the_process_that_was_killed_is_to_blame_and_not_those_that_missed_it():
-    assert cause({0: 1, 1: -9}) == (1, -9) and cause({2: 1, 1: 2}) == (1, 2)
+    assert cause({0: 1, 1: -9}) == (1, -9) and cause({2: 1, 1: 2}) == (2, 1) and cause({1: -9, 0: -9}) == (1, -9)
     assert cause({0: -15, 1: 1}) == (1, 1) and cause({0: -6, 1: -11}) == (1, -11)
     assert ended(1, -15, 2) == "process 1 of the 2 from 0 to 1 was killed by SIGTERM"
 
