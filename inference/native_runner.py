@@ -21,7 +21,7 @@ from torch import Tensor
 from inference.native.build import CannotBuild, library
 from inference.native.machine import available_cores
 from inference.native.packing import CACHE_BLOCK, KINDS, Arena, Layer, Model, Weights, pack, up_to
-from inference.runner import Knobs, Scored, check_copy, check_slot
+from inference.runner import Begin, Knobs, Scored, check_copy, check_slot
 from inference.speculation import ROWS
 from model import GPTConfig
 
@@ -117,7 +117,7 @@ class NativeRunner:
         self, tokens: Sequence[int], slots: Sequence[int], positions: Sequence[int], want: Sequence[int]
     ) -> Tensor:
         """Compute one step (see ModelRunner.rows). Raises ValueError for a row or a wanted row out of bounds."""
-        if self._begun is not None and self._begun == (tokens, slots, positions, want):
+        if self._begun == (tokens, slots, positions, want):
             self._settle()
             self._begun = None
             self.last_argmax = self._best[: len(want)].tolist()
@@ -126,7 +126,8 @@ class NativeRunner:
         few = len(order) <= len(self._logits)
         logits = self._logits[: len(order)] if few else torch.empty(len(order), self._width)
         best = array("q", order)
-        self._compute(tokens, slots, positions, want, order, (logits.data_ptr(), best.buffer_info()[0], None))
+        self._begun = None
+        self._call(self._lib.step_rows, tokens, slots, positions, order, (logits.data_ptr(), _address(best), None))
         if list(want) != order:  # each row once and rising is what the step knows
             where = [order.index(row) for row in want]
             logits, best = logits[where], array("q", [best[i] for i in where])
@@ -134,7 +135,7 @@ class NativeRunner:
         return logits[:, : self.vocab_size]
 
     @property
-    def begin(self) -> Callable[[Sequence[int], Sequence[int], Sequence[int], Sequence[int]], None] | None:
+    def begin(self) -> Begin | None:
         """Begin a step on the other threads (see ModelRunner.begin); with one thread there is no other."""
         return self._begin if self.threads > 1 else None
 
@@ -144,14 +145,18 @@ class NativeRunner:
         """Begin a step that fits the buffers, which those of decode and short prompts do; leave others to `rows`."""
         if len(want) > len(self._logits) or list(want) != sorted(set(want)):
             return
-        to = (self._logits.data_ptr(), self._best.buffer_info()[0])
+        to = (self._logits.data_ptr(), _address(self._best))
         if self._call(self._lib.step_begin, tokens, slots, positions, want, to):
             self._begun = (tokens, slots, positions, want)
 
-    def _settle(self) -> None:
-        """Have what was begun computed to its end. Raises ValueError once closed."""
+    def _require_open(self) -> None:
+        """Raise ValueError once closed."""
         if self._step is None:
             raise ValueError("the runner is closed")
+
+    def _settle(self) -> None:
+        """Have what was begun computed to its end. Raises ValueError once closed."""
+        self._require_open()
         self._lib.step_join(self._step)
 
     def hidden(
@@ -160,7 +165,8 @@ class NativeRunner:
         """Compute one step up to the head (see ModelRunner.hidden). Raises ValueError as `rows` does."""
         order = sorted(set(want))
         hidden = torch.empty(len(order), self._n_embd)
-        self._compute(tokens, slots, positions, want, order, (None, None, hidden.data_ptr()))
+        self._begun = None
+        self._call(self._lib.step_rows, tokens, slots, positions, order, (None, None, hidden.data_ptr()))
         return hidden if list(want) == order else hidden[[order.index(row) for row in want]]
 
     def draw(self, logits: Tensor, rows: Sequence[int], knobs: Sequence[Knobs]) -> list[int]:
@@ -188,27 +194,13 @@ class NativeRunner:
 
     def _check(self, logits: Tensor, rows: Sequence[int], *entries: Sequence[object]) -> None:
         """Raise ValueError unless there are such rows, and `entries` have one for each of them."""
-        if self._step is None:
-            raise ValueError("the runner is closed")
+        self._require_open()
         if logits.dtype != torch.float32 or logits.stride(1) != 1:
             raise ValueError("the logits of a row must be float32 and lie one after the other")
         if any(len(part) != len(rows) for part in entries):
             raise ValueError(f"{len(rows)} rows do not match {[len(part) for part in entries]} entries")
         if rows and not 0 <= min(rows) <= max(rows) < len(logits):
             raise ValueError(f"rows are {list(rows)}; there are {len(logits)}")
-
-    def _compute(
-        self,
-        tokens: Sequence[int],
-        slots: Sequence[int],
-        positions: Sequence[int],
-        want: Sequence[int],
-        order: list[int],
-        results: tuple[int | None, int | None, int | None],
-    ) -> None:
-        """Let the step write results, the addresses of logits, argmax and hidden states; `order` is `want`, rising."""
-        self._begun = None
-        self._call(self._lib.step_rows, tokens, slots, positions, order, results)
 
     def _call(
         self,
@@ -220,12 +212,11 @@ class NativeRunner:
         results: tuple[int | None, ...],
     ) -> bool:
         """Call step_rows or step_begin; return whether it took the rows. Raises ValueError for one out of bounds."""
-        if self._step is None:
-            raise ValueError("the runner is closed")
+        self._require_open()
         if not len(tokens) == len(slots) == len(positions):
             raise ValueError(f"{len(tokens)} tokens, {len(slots)} slots and {len(positions)} positions do not match")
         arrays = [array("q", part) for part in (tokens, slots, positions, want)]
-        ids, at, to, wanted = (a.buffer_info()[0] for a in arrays)
+        ids, at, to, wanted = map(_address, arrays)
         bad = function(self._step, len(tokens), ids, at, to, len(want), wanted, *results)
         if bad == len(tokens):
             raise ValueError(f"want is {list(want)}; the step has rows 0 to {len(tokens) - 1}")

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+Begin = Callable[[Sequence[int], Sequence[int], Sequence[int], Sequence[int]], None]  # see ModelRunner.begin
 Knobs = tuple[float, float, float, float, float]  # a random number from 0 to 1, temperature, top_p, min_p, top_k
 UNSETTLED, UNSOUND = -1, -2  # instead of a token
 Scored = tuple[float, tuple[tuple[int, float], ...]]  # a token's log-probability; the most probable ones and theirs
@@ -47,7 +48,7 @@ class ModelRunner(Protocol):
         ...
 
     @property
-    def begin(self) -> "Callable[[Sequence[int], Sequence[int], Sequence[int], Sequence[int]], None] | None":
+    def begin(self) -> Begin | None:
         """Begin what `rows` would compute and return at once; None: the runner cannot.
 
         The next call of `rows`, if it has the same arguments, waits for it and returns the result; one with others

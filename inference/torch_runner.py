@@ -6,7 +6,7 @@ are packed (packed_linear.py). On CUDA, steps that only decode are replayed from
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from inference.decode_graphs import DecodeGraphs, Record, return_memory
 from inference.kv_cache import KVCache
 from inference.packed_linear import can_pack, fewest_rows, pack
-from inference.runner import check_copy, check_slot
+from inference.runner import Begin, check_copy, check_slot
 from model import GPT
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ class TorchRunner:
         return logits[: len(want)].float()
 
     @property
-    def begin(self) -> Callable[[Sequence[int], Sequence[int], Sequence[int], Sequence[int]], None] | None:
+    def begin(self) -> Begin | None:
         """Launch a step (see `ModelRunner.begin`); on a CPU, where `rows` returns when it is done, there is no use."""
         return None if self._graphs is None else self._begin
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_runner import PlainRunner
 
 from inference.build import build_runner
 from inference.decode_graphs import EagerGraph
@@ -57,19 +58,10 @@ def tiny(seed: int = 0, block_size: int = 48) -> GPT:
     return model.eval()
 
 
-class FakeRunner:
+class FakeRunner(PlainRunner):
     """Counts: the logits of a row favour its token + 1. Fails, or waits, when told to."""
 
-    name, device, dtype, block_size, vocab_size = "fake", "cpu", "fp32", 48, VOCAB
-    position_bytes, last_argmax, independent, own_threads, draw, logprobs, begin = (
-        4,
-        None,
-        False,
-        False,
-        None,
-        None,
-        None,
-    )
+    name, block_size, vocab_size = "fake", 48, VOCAB
 
     def __init__(self, slots: int = 4):
         self.slots, self.steps, self.closed = slots, 0, False
@@ -91,10 +83,6 @@ class FakeRunner:
         for row, i in enumerate(want):
             logits[row, (tokens[i] + 1) % VOCAB] = 9.0
         return logits
-
-    def copy(self, source: int, target: int, length: int) -> None: ...
-
-    def release(self, slot: int) -> None: ...
 
     def close(self) -> None:
         self.closed = True

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from plain_runner import PlainRunner
 
 from inference import lane as lanes
 from inference.admission import Admission
@@ -15,19 +16,10 @@ from inference.sequence import SamplingParams, Sequence
 DECODE, PER_TOKEN = 0.020, 0.001  # seconds of a step, and of each prompt token in it
 
 
-class TimedRunner:
+class TimedRunner(PlainRunner):
     """A model whose steps take the time that a small CPU needs."""
 
-    name, device, dtype, slots, block_size, vocab_size = "timed", "cpu", "fp32", 8, 2048, 16
-    position_bytes, last_argmax, independent, own_threads, draw, logprobs, begin = (
-        4,
-        None,
-        False,
-        False,
-        None,
-        None,
-        None,
-    )
+    name, slots, block_size, vocab_size = "timed", 8, 2048, 16
 
     def __init__(self) -> None:
         self.beats: list[float] = []
@@ -45,12 +37,6 @@ class TimedRunner:
 
     def hidden(self, *step: list[int]) -> torch.Tensor:
         return self.rows(*step)[:, :4]
-
-    def copy(self, source: int, target: int, length: int) -> None: ...
-
-    def release(self, slot: int) -> None: ...
-
-    def close(self) -> None: ...
 
 
 @pytest.fixture

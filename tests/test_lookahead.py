@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from plain_runner import PlainRunner
 
 from inference.admission import Admission
 from inference.lane import Lane
@@ -13,14 +14,12 @@ from inference.sequence import Failure, Finished, SamplingParams, Sequence
 V = 32
 
 
-class CountingRunner:
+class CountingRunner(PlainRunner):
     """Each token is followed by the next number. Notes what it was asked for, and what was begun and then computed."""
 
-    name, device, dtype, slots, block_size, vocab_size = "counting", "cpu", "fp32", 4, 64, V
-    position_bytes, independent, own_threads, draw, logprobs = 4, True, False, None, None
+    name, slots, block_size, vocab_size, independent = "counting", 4, 64, V, True
 
     def __init__(self) -> None:
-        self.last_argmax: list[int] | None = None
         self.asked: list[tuple[list[int], list[int], list[int], list[int]]] = []
         self.begun: list[tuple[list[int], list[int], list[int], list[int]]] = []
         self.hits = 0
@@ -43,12 +42,6 @@ class CountingRunner:
 
     def hidden(self, *step: list[int]) -> torch.Tensor:
         return self.rows(*step)[:, :4]
-
-    def copy(self, source: int, target: int, length: int) -> None: ...
-
-    def release(self, slot: int) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class At:
@@ -162,7 +155,7 @@ def test_a_begun_step_that_fails_ends_only_the_sequence_at_fault() -> None:
     at.steps(2)
     at.runner.fails = 2  # the step, and then the first sequence alone
     at.finish()
-    assert outcome(a) == ([2, 3], Finished(a.finish_reason, Failure.STEP))  # type: ignore[arg-type]
+    assert outcome(a) == ([2, 3], Finished(a.finish_reason, Failure.STEP))
     assert outcome(b)[0] == [12, 13, 14, 15, 16, 17]
 
 

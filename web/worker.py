@@ -223,11 +223,11 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         self.nr_conns += 1
         _set_deadlines(sock)
         connection = Connection(self, sock, client, listener.getsockname())
-        with contextlib.suppress(BlockingIOError, OSError):
-            if sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):  # most are: so a turn of the loop is spared
-                connection.data_ready = True
-                self.enqueue_req(connection)
-                return
+        with contextlib.suppress(OSError):
+            connection.data_ready = bool(sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        if connection.data_ready:  # as mostly: so a turn of the loop is spared
+            self.enqueue_req(connection)
+            return
         connection.timeout = time.monotonic() + READ_SECONDS
         self.pending_conns.append(connection)
         self.poller.register(sock, selectors.EVENT_READ, partial(self.on_pending_socket_readable, connection))

@@ -1,0 +1,16 @@
+"""What the tests' stand-ins for a model runner have in common: one that only computes rows, and holds nothing."""
+
+
+class PlainRunner:
+    """Says of itself what a runner may, and can do nothing beside `rows`, which each stand-in has of its own."""
+
+    device, dtype, position_bytes = "cpu", "fp32", 4
+    independent, own_threads = False, False
+    last_argmax: list[int] | None = None
+    draw = logprobs = begin = None
+
+    def copy(self, source: int, target: int, length: int) -> None: ...
+
+    def release(self, slot: int) -> None: ...
+
+    def close(self) -> None: ...
