@@ -17,7 +17,6 @@ from pathlib import Path
 from inference.native.machine import cpu_flags
 
 HERE = Path(__file__).parent
-SOURCES = ("step.cpp", "team.h", "vector.h", "product.h", "compact.h", "attention.h", "draw.h", "logprobs.h")
 NEEDED = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c")  # without these the step cannot be built
 USEFUL = {"avx512_bf16": "-mavx512bf16", "avx512_vnni": "-mavx512vnni"}  # these make bf16 and int8 fast
 FLAGS = (
@@ -76,12 +75,17 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
         raise CannotBuild(f"the compiler {command[0]} does not run: {e}") from e
 
 
+def sources() -> list[Path]:
+    """Return the files that make up the library."""
+    return sorted([*HERE.glob("*.cpp"), *HERE.glob("*.h")])
+
+
 def _name(command: list[str]) -> str:
     digest = hashlib.sha256()
     for part in (_run([command[0], "--version"]).stdout, *command):
         digest.update(part.encode() + b"\0")
-    for source in SOURCES:
-        digest.update((HERE / source).read_bytes() + b"\0")
+    for source in sources():
+        digest.update(source.read_bytes() + b"\0")
     return f"step-{digest.hexdigest()[:16]}.so"
 
 
