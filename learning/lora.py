@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model import GPT
-from training.config import ConfigError
+from training.starting_point import require_thin
 
 ADAPTED = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # of each block
 
@@ -42,8 +42,7 @@ def adapt(model: GPT, rank: int, alpha: float) -> None:
 
     Raises ConfigError for a rank that the model's width does not exceed.
     """
-    if rank >= model.config.n_embd:
-        raise ConfigError(f"lora_rank is {rank}; it must be less than the model's width of {model.config.n_embd}")
+    require_thin(rank, model.config.n_embd)
     model.requires_grad_(False)
     for block in model.transformer["h"].children():
         for name in ADAPTED:

@@ -296,6 +296,11 @@ def test_train_sends_options_and_settings_and_says_what_next(server):
     assert "jobs follow mine" in done.stderr and "load --model_path out/mine/ckpt.pt" in done.stderr
 
 
+def test_train_asks_for_adapters_and_for_checkpoints_that_stay(server):
+    run("train", "--dataset", "d", "--output_dir", "out/mine", "--lora_rank", "8", "--keep-every", "2")
+    assert body_of(server) == {"dataset": "d", "output_dir": "out/mine", "lora_rank": 8, "keep_every": 2}
+
+
 def test_train_says_how_often_processes_start_again_and_zero_is_a_number(server):
     run("train", "--dataset", "d", "--output_dir", "out/mine", "--nproc_per_node", "2", "--max_restarts", "0")
     assert body_of(server) == {"dataset": "d", "output_dir": "out/mine", "nproc_per_node": 2, "max_restarts": 0}

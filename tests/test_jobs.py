@@ -10,8 +10,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from fakes import byte_tokenizer
 
+from model import GPT, GPTConfig
 from storage.chat_format import with_chat_tokens
 from storage.checkpoint_files import sha256_of
 from storage.errors import BadName, NoSpace, NotFound, NotWritable, StorageError
@@ -103,6 +105,11 @@ class Place:
     def checkpoint(self, name: str) -> None:
         self.workspace.run(name).checkpoint.write_bytes(b"weights")
 
+    def model(self, name: str, file: str = "ckpt.pt") -> None:
+        shape = GPTConfig(n_layer=1, n_head=1, n_embd=16, block_size=64, vocab_size=300)
+        state = {"model": GPT(shape).state_dict(), "model_args": shape.model_args()}
+        torch.save(state, self.workspace.run(name).folder / file)
+
 
 @pytest.fixture
 def place(tmp_path):
@@ -141,8 +148,8 @@ def places(manager: JobManager) -> dict[str, int]:
 def test_a_run_cannot_replace_the_run_it_starts_from(place, start, monkeypatch):
     manager = place.manager(max_jobs=2)
     manager.create(config("a"))
-    place.checkpoint("a")
-    place.workspace.run("a").best.write_bytes(b"weights")
+    place.model("a")
+    place.model("a", "best.pt")
     place.backend.end("a", state="succeeded", iter_num=20)
     wait_for(manager, "a", "succeeded")
     with pytest.raises(ConfigError, match="out/a is what this training starts from"):
@@ -301,7 +308,7 @@ def test_adapters_on_chats_need_a_model_that_knows_their_tokens(place):
     (place.workspace.data / "talk" / "chat.jsonl").write_text("".join(CHAT % i for i in range(200)))
     base, manager = place.workspace.run("base"), place.manager()
     base.folder.mkdir()
-    place.checkpoint("base")
+    place.model("base")
     byte_tokenizer().save(base.tokenizer)
     tuning = {"dataset": "talk", "model_type": None, "init_from": "base", "learning_rate": 1e-3}
     adapters = config(**tuning, lora_rank=8)
@@ -311,6 +318,23 @@ def test_adapters_on_chats_need_a_model_that_knows_their_tokens(place):
     assert manager.create(config("all", **tuning)).state == "running"
     with_chat_tokens(byte_tokenizer()).save(base.tokenizer)
     assert manager.create(adapters).state == "queued"
+
+
+@pytest.mark.parametrize(
+    "start, fields, sentence",
+    [
+        ({"init_from": "base"}, {"lora_rank": 16}, "lora_rank is 16; it must be less than the model's width of 16"),
+        ({"init_from": "base"}, {"block_size": 65}, "block_size is 65; it must be at most the model's context of 64"),
+        ({"model_type": "gpt2"}, {"lora_rank": 768}, "lora_rank is 768; it must be less than the model's width of 768"),
+    ],
+)
+def test_what_the_model_is_too_small_for_is_refused_before_anything_is_written(place, start, fields, sentence):
+    place.workspace.run("base").folder.mkdir()
+    place.model("base")
+    tuning = {"model_type": None, "learning_rate": 1e-3} | start
+    with pytest.raises(ConfigError, match=sentence):
+        place.manager().create(config(**tuning, **fields))
+    assert not place.workspace.run("a").folder.exists()
 
 
 def test_too_little_disk_space_is_refused_with_both_numbers(place, monkeypatch):
@@ -445,8 +469,8 @@ def test_delete_refuses_a_running_job_and_moves_an_ended_one_to_the_trash(place)
 def test_a_run_that_a_job_has_yet_to_read_is_neither_deleted_nor_replaced(place, start):
     manager = place.manager()
     manager.create(config("a"))
-    place.checkpoint("a")
-    place.workspace.run("a").best.write_bytes(b"weights")
+    place.model("a")
+    place.model("a", "best.pt")
     place.backend.end("a", state="succeeded", iter_num=20)
     wait_for(manager, "a", "succeeded")
     manager.create(config("other"))

@@ -28,19 +28,39 @@ def reference(config: TrainConfig, workspace: Workspace) -> registry.ModelRefere
     return registry.resolve(workspace, model_path=f"out/{run}/best.pt" if file == "best" else name)
 
 
+def require_thin(rank: int | None, width: int) -> None:
+    """Raise ConfigError for adapters whose rank is not below the model's width."""
+    if rank is not None and rank >= width:
+        raise ConfigError(f"lora_rank is {rank}; it must be less than the model's width of {width}")
+
+
+def shorter_context(config: TrainConfig, context: int) -> int:
+    """Return the context of a trained model, lowered if the config says so. Raises ConfigError for a longer one."""
+    block_size = context if config.block_size is None else config.block_size
+    if block_size > context:
+        raise ConfigError(f"block_size is {block_size}; it must be at most the model's context of {context}")
+    return block_size
+
+
 def settled(config: TrainConfig, workspace: Workspace) -> TrainConfig:
     """Return the config with every default filled in, as `resolve` does, for the model that it starts from.
 
-    Reads at most that model's description. Raises ConfigError, StorageError.
+    Reads at most that model's description. Raises ConfigError, also for what does not suit that model, StorageError.
     """
     names = registry.pretrained_names(workspace)
     found = resolve(config, names)
-    if config.learning_rate is not None or found.init_from in ("scratch", "resume"):
+    if found.init_from in ("scratch", "resume"):
         return found
     start = reference(found, workspace)
-    if start.path is None:  # yet to be fetched, and of GPT-2's family: its name tells the width
-        return resolve(config, names, PRESETS.get(start.id, {}).get("n_embd", GPT2_WIDTH))
-    return resolve(config, names, inspect(start).model_args["n_embd"])
+    if start.path is not None:
+        shape = inspect(start).model_args
+    elif start.id in registry.PRETRAINED:  # yet to be fetched, and of GPT-2's family: its name tells the shape
+        shape = PRESETS.get(start.id, PRESETS["gpt2"])
+    else:  # somewhere on the hub: the trainer will know
+        return resolve(config, names, GPT2_WIDTH)
+    require_thin(config.lora_rank, shape["n_embd"])
+    shorter_context(config, shape["block_size"])
+    return resolve(config, names, shape["n_embd"])
 
 
 def base_run(config: dict[str, Any]) -> str | None:
@@ -92,14 +112,6 @@ def check_fit(config: TrainConfig, splits: Splits, shape: Any, world: int) -> No
     if available is not None and activations > available:
         need = f"{activations / 1e9:.1f} GB for activations alone, and {available / 1e9:.1f} GB are free"
         raise ConfigError(f"batch_size {size} with windows of {window} needs {need}; lower batch_size or window")
-
-
-def shorter_context(config: TrainConfig, context: int) -> int:
-    """Return the context of a trained model, lowered if the config says so. Raises ConfigError for a longer one."""
-    block_size = context if config.block_size is None else config.block_size
-    if block_size > context:
-        raise ConfigError(f"block_size is {block_size}; it must be at most the model's context of {context}")
-    return block_size
 
 
 def require_memory(n_layer: int, n_embd: int, block_size: int, vocab_size: int) -> None:
