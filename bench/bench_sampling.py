@@ -53,7 +53,9 @@ def measure(runner: NativeRunner, steps: int) -> tuple[Figure, dict[str, Figure]
             start = time.perf_counter()
             chosen = sample(logits, asked[name], greatest, runner.draw, runner.logprobs)
             kinds[name].samples.append((time.perf_counter() - start) * 1e3)
-        tokens = [token.token_id if token is not None else 0 for token in chosen]
+            tokens = [token.token_id if token is not None else 0 for token in chosen]
+            for sequence, token_id in zip(asked[name], tokens, strict=True):
+                sequence.output_ids.append(token_id)
     return step, kinds
 
 

@@ -21,11 +21,12 @@ from torch import Tensor
 from inference.native.build import CannotBuild, library
 from inference.native.machine import available_cores
 from inference.native.packing import CACHE_BLOCK, KINDS, Arena, Layer, Model, Weights, pack, up_to
+from inference.penalties import Penalties
 from inference.runner import Begin, Knobs, Scored, check_copy, check_slot
 from inference.speculation import ROWS
 from model import GPTConfig
 
-VERSION = 9  # as in step.cpp
+VERSION = 10  # as in step.cpp
 GREATEST_WIDTH = 16384  # beyond it int8 sums could leave 32 bits
 
 _P, _L = ctypes.c_void_p, ctypes.c_long
@@ -44,7 +45,7 @@ def _load() -> ctypes.CDLL:
     lib.step_rows.argtypes, lib.step_rows.restype = [_P, _L, _P, _P, _P, _L, *[_P] * 4], _L
     lib.step_begin.argtypes, lib.step_begin.restype = [_P, _L, _P, _P, _P, _L, *[_P] * 3], _L
     lib.step_join.argtypes, lib.step_join.restype = [_P], None
-    lib.step_draw.argtypes, lib.step_draw.restype = [_P, _L, _P, _L, _L, *[_P] * 3], None
+    lib.step_draw.argtypes, lib.step_draw.restype = [_P, _L, _P, _L, _L, *[_P] * 4], ctypes.c_bool
     lib.step_logprobs.argtypes, lib.step_logprobs.restype = [_P, _L, _P, _L, _L, *[_P] * 3, _L, _P, _P], None
     if not lib.step_agrees(VERSION, ctypes.sizeof(Model)):
         raise CannotBuild(f"{path} has another version of the interface")
@@ -169,11 +170,19 @@ class NativeRunner:
         self._call(self._lib.step_rows, tokens, slots, positions, order, (None, None, hidden.data_ptr()))
         return hidden if list(want) == order else hidden[[order.index(row) for row in want]]
 
-    def draw(self, logits: Tensor, rows: Sequence[int], knobs: Sequence[Knobs]) -> list[int]:
+    def draw(
+        self, logits: Tensor, rows: Sequence[int], knobs: Sequence[Knobs], penalties: Sequence[Penalties | None]
+    ) -> list[int]:
         """Return a token for each of the rows of logits (see ModelRunner.draw)."""
-        self._check(logits, rows, knobs)
+        self._check(logits, rows, knobs, penalties)
         at, numbers, chosen = array("q", rows), array("d", chain.from_iterable(knobs)), array("q", bytes(8 * len(rows)))
-        self._lib.step_draw(self._step, *_lie(logits, at), _address(numbers), _address(chosen))
+        lie = array("q", chain.from_iterable(map(_lie_of, penalties)))
+        apart = len(logits) == 1 or logits.stride(0) >= logits.size(1)
+        if any(lie) and not (apart and len(set(rows)) == len(rows)):
+            raise ValueError(f"rows are {list(rows)}; with penalties, which change a row for a while, each comes once")
+        to = (_address(numbers), _address(lie), _address(chosen))
+        if not self._lib.step_draw(self._step, *_lie(logits, at), *to):
+            raise ValueError(f"a penalty is for a token id that is not among the {logits.size(1)} of a row")
         return chosen.tolist()
 
     def logprobs(self, logits: Tensor, rows: Sequence[int], ids: Sequence[int], tops: Sequence[int]) -> list[Scored]:
@@ -249,6 +258,11 @@ class NativeRunner:
 
 def _address(numbers: "array[Any]") -> int:
     return numbers.buffer_info()[0]
+
+
+def _lie_of(penalties: Penalties | None) -> tuple[int, int, int]:
+    """Return how many there are, and where their ids and values are."""
+    return (0, 0, 0) if penalties is None else (len(penalties.ids), _address(penalties.ids), _address(penalties.values))
 
 
 def _lie(logits: Tensor, rows: "array[int]") -> tuple[int, int, int, int, int]:

@@ -1,65 +1,56 @@
-"""What changes logits before a choice: biases, penalties, and no end before its time, for a whole batch at once.
+"""What changes a sequence's logits before a choice: biases, penalties, and no end before its time. No torch.
 
-They touch few tokens, so they are gathered from all rows and applied in a few sparse operations.
+They touch few token ids, those of the sequence's own text and parameters, and change little from step to step:
+so which they are, and how, is kept beside the text and grows with it.
 """
 
 import math
 from array import array
-from collections import Counter
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from inference.sequence import Sequence
+if TYPE_CHECKING:
+    from inference.sequence import SamplingParams
 
 
-class Entries:
-    """(row, token id, value) triples of a batch."""
+class Penalties:
+    """Which token ids' logits change, and how: z to r(z + bias) - cut, or to -inf where the cut is inf.
 
-    def __init__(self) -> None:
-        # arrays, because a tensor of a list is made number by number
-        self.rows, self.ids, self.values = array("q"), array("q"), array("f")
+    r(z) is z / repetition where z is positive, else z * repetition. The engine's thread owns it.
+    """
 
-    def add(self, row: int, ids: list[int], values: list[float]) -> None:
-        self.rows.extend([row] * len(ids))
-        self.ids.extend(ids)
-        self.values.extend(values)
+    def __init__(self, params: "SamplingParams", prompt_ids: list[int], stop_ids: frozenset[int]):
+        self.ids = array("q")  # each once
+        self.values = array("f")  # bias, repetition and cut of each id
+        self._params = params
+        self._held_back = stop_ids if params.min_tokens > 0 else frozenset[int]()
+        self._places: dict[int, int] = {}  # in `ids`
+        self._counts: dict[int, int] = {}  # in the output
+        self._counted = 0
+        for token_id, bias in params.logit_bias:
+            self.values[3 * self._place(token_id)] += bias
+        for token_id in prompt_ids if params.repetition_penalty != 1.0 else ():
+            self.values[3 * self._place(token_id) + 1] = params.repetition_penalty
 
-    def places(self, logits: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """Return the index of the entries in `logits` and their values."""
-        rows, ids = (torch.frombuffer(x, dtype=torch.long).to(logits.device) for x in (self.rows, self.ids))
-        return (rows, ids), torch.frombuffer(self.values, dtype=torch.float32).to(logits)
+    def grow(self, output_ids: list[int]) -> None:
+        """Count the tokens by which the output has grown since the last call."""
+        fresh = output_ids[self._counted :]
+        self._counted = len(output_ids)
+        for token_id in fresh:
+            self._counts[token_id] = self._counts.get(token_id, 0) + 1
+            self.values[3 * self._place(token_id) + 1] = self._params.repetition_penalty
+        for token_id in {*fresh, *self._held_back}:
+            self.values[3 * self._place(token_id) + 2] = self._cut(token_id)
 
+    def _cut(self, token_id: int) -> float:
+        p, count = self._params, self._counts.get(token_id, 0)
+        if token_id in self._held_back and self._counted < p.min_tokens:
+            return math.inf
+        return p.presence_penalty + p.frequency_penalty * count if count else 0.0
 
-def penalize(logits: Tensor, sequences: list[Sequence]) -> Tensor:
-    """Return logits (n, V) with all changes in their order; the same tensor when no row has any."""
-    biases, repeated, counted, masked = Entries(), Entries(), Entries(), Entries()
-    for row, s in enumerate(sequences):
-        p = s.params
-        if p.logit_bias:
-            biases.add(row, [i for i, _ in p.logit_bias], [bias for _, bias in p.logit_bias])
-        if p.repetition_penalty != 1.0:
-            seen = list({*s.prompt_ids, *s.output_ids})
-            repeated.add(row, seen, [p.repetition_penalty] * len(seen))
-        if p.presence_penalty != 0.0 or p.frequency_penalty != 0.0:
-            counts = Counter(s.output_ids)
-            counted.add(row, list(counts), [p.presence_penalty + p.frequency_penalty * n for n in counts.values()])
-        if len(s.output_ids) < p.min_tokens:
-            masked.add(row, list(s.stop_ids), [-math.inf] * len(s.stop_ids))
-    if not (biases.rows or repeated.rows or counted.rows or masked.rows):
-        return logits
-    logits = logits.clone()
-    if biases.rows:
-        place, values = biases.places(logits)
-        logits.index_put_(place, values, accumulate=True)
-    if repeated.rows:
-        place, values = repeated.places(logits)
-        old = logits[place]
-        logits[place] = torch.where(old > 0, old / values, old * values)
-    if counted.rows:
-        place, values = counted.places(logits)
-        logits[place] -= values
-    if masked.rows:
-        place, values = masked.places(logits)
-        logits[place] = values
-    return logits
+    def _place(self, token_id: int) -> int:
+        """Return where an id is among `ids`; a new one changes nothing so far."""
+        place = self._places.setdefault(token_id, len(self.ids))
+        if place == len(self.ids):
+            self.ids.append(token_id)
+            self.values.extend((0.0, 1.0, 0.0))
+        return place

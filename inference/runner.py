@@ -7,6 +7,8 @@ decode and any mix of the two are the same call, so that the engine needs no cas
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from inference.penalties import Penalties
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -15,6 +17,9 @@ Begin = Callable[[Sequence[int], Sequence[int], Sequence[int], Sequence[int]], N
 Knobs = tuple[float, float, float, float, float]  # a random number from 0 to 1, temperature, top_p, min_p, top_k
 UNSETTLED, UNSOUND = -1, -2  # instead of a token
 Scored = tuple[float, tuple[tuple[int, float], ...]]  # a token's log-probability; the most probable ones and theirs
+# see ModelRunner.draw and .logprobs
+Draw = Callable[["Tensor", Sequence[int], Sequence[Knobs], Sequence[Penalties | None]], list[int]]
+Logprobs = Callable[["Tensor", Sequence[int], Sequence[int], Sequence[int]], list[Scored]]
 
 
 class ModelRunner(Protocol):
@@ -66,16 +71,17 @@ class ModelRunner(Protocol):
         ...
 
     @property
-    def draw(self) -> "Callable[[Tensor, Sequence[int], Sequence[Knobs]], list[int]] | None":
+    def draw(self) -> Draw | None:
         """Draw a token from each of the given rows of logits (n, w) by its knobs; None: it cannot, sampling.py has to.
 
-        Gives UNSETTLED where so many logits tie with the k-th that sampling.py has to, and UNSOUND where the greatest
-        is no finite number. Raises ValueError for rows out of bounds.
+        A row's penalties come first; the logits are as before when it returns. Gives UNSETTLED where so many logits tie
+        with the k-th that sampling.py has to, and UNSOUND where the greatest is no finite number. Raises ValueError for
+        rows or penalised ids out of bounds, and for penalties where a row comes twice.
         """
         ...
 
     @property
-    def logprobs(self) -> "Callable[[Tensor, Sequence[int], Sequence[int], Sequence[int]], list[Scored]] | None":
+    def logprobs(self) -> Logprobs | None:
         """Give for each of the given rows of logits (n, w) the log-probability of ids[i], and the tops[i] greatest.
 
         These fall, equals by id; all are NaN where a logit is. None: it cannot, sampling.py has to. Raises ValueError

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from inference.penalties import Penalties
+
 
 class FinishReason(StrEnum):
     """Why a sequence ended."""
@@ -196,6 +198,7 @@ class Sequence:
     finish_reason: FinishReason | None = None
     seed: int = field(init=False)  # the params', or the one drawn; one request, one seed, one text
     generator: random.Random = field(init=False, repr=False)  # one number per sampled token
+    _penalties: Penalties | None = field(init=False, default=None, repr=False)  # made when they are first asked for
 
     def __post_init__(self) -> None:
         seed = self.params.seed
@@ -214,6 +217,16 @@ class Sequence:
         p = self.params
         changed = p.logit_bias or p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
         return not changed and len(self.output_ids) >= p.min_tokens
+
+    @property
+    def penalties(self) -> Penalties | None:
+        """Return what changes its next logits, its last token counted in; None where nothing does."""
+        if self.unchanged:
+            return None
+        if self._penalties is None:
+            self._penalties = Penalties(self.params, self.prompt_ids, self.stop_ids)
+        self._penalties.grow(self.output_ids)
+        return self._penalties
 
     @property
     def takes_greatest(self) -> bool:

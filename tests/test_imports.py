@@ -21,7 +21,6 @@ WITH_TORCH = {
     "inference/native/packing.py",
     "inference/native_runner.py",
     "inference/packed_linear.py",
-    "inference/penalties.py",
     "inference/runner.py",
     "inference/sampling.py",
     "inference/torch_runner.py",

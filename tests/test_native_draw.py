@@ -1,6 +1,7 @@
 """Drawing tokens and log-probabilities in the native step: against sampling.py, the softmax, and sorting."""
 
 import math
+import random
 
 import pytest
 import torch
@@ -25,8 +26,8 @@ def native(threads: int = 2) -> NativeRunner:
 @pytest.mark.parametrize("scale", [0.3, 5])
 def test_tokens_are_drawn_as_sampling_draws_them(width, scale, threads):
     runner = native(threads)
-    random = torch.Generator().manual_seed(width)
-    logits = (torch.randn(60, width + 3, generator=random) * scale)[:, :width]  # rows lie apart
+    generator = torch.Generator().manual_seed(width)
+    logits = (torch.randn(60, width + 3, generator=generator) * scale)[:, :width]  # rows lie apart
     logits[40:45], logits[45:50] = logits[40:45].round(), logits[45:50].sign()  # some tie, and many
     asked = [
         SamplingParams(
@@ -41,7 +42,7 @@ def test_tokens_are_drawn_as_sampling_draws_them(width, scale, threads):
     expected = sample(logits, [Sequence([0], p) for p in asked])
     best = logits.argmax(1).tolist()
     assert sample(logits, [Sequence([0], p) for p in asked], best, runner.draw) == expected
-    few = runner.draw(logits, list(range(60)), [(0.5, 1.0, 1.0, 0.1, 2) for _ in asked])
+    few = runner.draw(logits, list(range(60)), [(0.5, 1.0, 1.0, 0.1, 2) for _ in asked], [None] * 60)
     assert min(few[:40]) >= 0 and (set(few[45:50]) == {-1} or width == 5)
     step = ([1, 2], [0, 0], [0, 1], [0, 1])
     assert torch.equal(runner.rows(*step).clone(), runner.rows(*step))  # steps go on
@@ -89,7 +90,7 @@ def test_what_is_drawn_follows_the_softmax_and_its_cuts(kind, knobs, width):
     weights[weights < min_p] = 0
     draws = 4000
     evenly = [((i + 0.5) / draws, temperature, top_p, min_p, 0) for i in range(draws)]
-    drawn = torch.tensor(runner.draw(logits, [0] * draws, evenly))
+    drawn = torch.tensor(runner.draw(logits, [0] * draws, evenly, [None] * draws))
     counts = torch.bincount(drawn, minlength=width)
     assert (counts / draws - weights / weights.sum()).abs().max() < 1.5 / draws
     assert drawn.diff().min() >= 0  # laid out by id
@@ -111,9 +112,51 @@ def test_a_row_that_is_no_number_has_no_token_drawn_and_disturbs_no_other():
     logits = torch.randn(6, 200)
     logits[1], logits[2], logits[3, 7], logits[4, ::2] = -torch.inf, torch.nan, torch.inf, -torch.inf
     logits[5] = 0.0  # all tie
-    found = runner.draw(logits, list(range(6)), [(0.99, 1.0, 1.0, 0.0, 5)] * 6)
+    found = runner.draw(logits, list(range(6)), [(0.99, 1.0, 1.0, 0.0, 5)] * 6, [None] * 6)
     assert found[1:4] == [-2, -2, -2] and found[4] % 2 == 1 and found[5] == -1
     assert found[0] in logits[0].topk(5).indices.tolist()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_penalties_change_what_is_drawn_as_sampling_does_and_leave_the_logits_as_they_were(threads):
+    runner, width = native(threads), 300
+    logits = torch.randn(32, width + 3, generator=torch.Generator().manual_seed(5))[:, :width]  # rows lie apart
+    logits[::4] = logits[::4].sign()  # many tie with the k-th
+    raw, rng = logits.clone(), random.Random(6)
+    asked = [
+        SamplingParams(
+            seed=i,
+            temperature=(0.8, 0.0)[i % 5 == 0],
+            top_k=(0, 6, 1)[i % 3],
+            repetition_penalty=(1.0, 1.3)[i % 2],
+            presence_penalty=(0.0, 0.5, -0.5)[i % 3],
+            frequency_penalty=(0.0, 0.3)[i // 4 % 2],
+            logit_bias=((7, 2.0), (299, -100.0))[: i % 3],
+            min_tokens=(0, 4)[i // 2 % 2],
+        )
+        for i in range(32)
+    ]
+    one, other = ([Sequence([*range(i)], p, frozenset([3])) for i, p in enumerate(asked)] for _ in range(2))
+    for _ in range(6):
+        expected = sample(logits, one)
+        assert sample(logits, other, logits.argmax(1).tolist(), runner.draw) == expected and torch.equal(logits, raw)
+        for s, t in zip(one, other, strict=True):
+            s.output_ids.append(rng.randrange(width))
+            t.output_ids.append(s.output_ids[-1])
+
+
+@pytest.mark.parametrize("token_id", [-1, 9, 10**15])
+def test_penalties_out_of_bounds_or_of_a_row_that_comes_twice_are_refused(token_id):
+    runner, logits, knobs = native(), torch.zeros(2, 9), (0.5, 1.0, 1.0, 0.0, 0)
+    bad, good = (Sequence([0], SamplingParams(logit_bias=((i, 5.0),))).penalties for i in (token_id, 8))
+    with pytest.raises(ValueError, match="among the 9"):
+        runner.draw(logits, [0, 1], [knobs] * 2, [good, bad])
+    assert not logits.any()
+    for rows, part in (([0, 0], logits), ([0, 1], torch.zeros(1, 9).expand(2, -1))):
+        with pytest.raises(ValueError, match="each comes once"):
+            runner.draw(part, rows, [knobs] * 2, [good, None])
+    with pytest.raises(ValueError, match="do not match"):
+        runner.draw(logits, [0], [knobs], [])
 
 
 @pytest.mark.parametrize("width", [1, 5, 65, 1000, 50257])
@@ -165,11 +208,11 @@ def test_a_draw_out_of_bounds_is_refused_and_none_asked_for_is_none():
     knobs = (0.5, 1.0, 1.0, 0.0, 0)
     for logits, rows in ((torch.zeros(2, 9), [2]), (torch.zeros(2, 9), [0, 1]), (torch.zeros(2, 9).double(), [0])):
         with pytest.raises(ValueError, match="row"):
-            runner.draw(logits, rows, [knobs])
-    assert runner.draw(torch.zeros(2, 9), [], []) == runner.logprobs(torch.zeros(2, 9), [], [], []) == []
+            runner.draw(logits, rows, [knobs], [None])
+    assert runner.draw(torch.zeros(2, 9), [], [], []) == runner.logprobs(torch.zeros(2, 9), [], [], []) == []
     runner.close()
     with pytest.raises(ValueError, match="closed"):
-        runner.draw(torch.zeros(2, 9), [0], [knobs])
+        runner.draw(torch.zeros(2, 9), [0], [knobs], [None])
 
 
 def test_the_sum_of_a_prompts_log_probabilities_is_the_models_loss():

@@ -217,7 +217,7 @@ def test_a_begun_step_that_nobody_asks_for_is_forgotten():
     model = model_of(SHAPES["as GPT-2"])
     plain, runner = (NativeRunner(model, slots=3, dtype="bf16", threads=2) for _ in range(2))
     other, step = ([7, 8], [1, 2], [0, 0], [0, 1]), ([3, 4, 5], [0, 0, 1], [0, 1, 0], [1, 2])
-    drawing = torch.randn(4, 300), [0, 1, 2, 3], [(0.5, 1.0, 0.9, 0.0, 3.0)] * 4
+    drawing = torch.randn(4, 300), [0, 1, 2, 3], [(0.5, 1.0, 0.9, 0.0, 3.0)] * 4, [None] * 4
     for _ in range(50):
         runner.begin(*other)
         assert torch.equal(runner.rows(*step), plain.rows(*step))

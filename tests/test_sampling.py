@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inference.sampling import sample, score
+from inference.sampling import penalize, sample, score
 from inference.sequence import SamplingParams, Sequence
 
 V = 97
@@ -302,10 +302,10 @@ def greatest(logits: torch.Tensor) -> list[int]:
     return torch.where(unsound, logits.size(-1), logits.argmax(-1)).tolist()
 
 
-def draw(logits: torch.Tensor, rows: list[int], knobs: list[Any]) -> list[int]:
+def draw(logits: torch.Tensor, rows: list[int], knobs: list[Any], penalties: list[Any]) -> list[int]:
     """Draw as a runner may: where more logits tie with the k-th than it looks at, it leaves the row."""
     found = []
-    for values, (u, temperature, top_p, min_p, top_k) in zip(logits[rows], knobs, strict=True):
+    for values, (u, temperature, top_p, min_p, top_k) in zip(penalize(logits[rows], penalties), knobs, strict=True):
         if not values.max().isfinite():
             found.append(-2)
         elif top_k and (values >= values.topk(int(top_k)).values[-1]).sum() >= top_k + 8:

@@ -6,6 +6,7 @@
 #include <iterator>
 #include <vector>
 
+#include "penalties.h"
 #include "vector.h"
 
 constexpr long GROUP = 64;  // neighbours whose greatest or sum is looked at first: most groups are never looked into
@@ -19,6 +20,7 @@ struct DrawRoom {
     struct Entry { float value; long id; };
     struct alignas(64) Line { float at[16]; };
     std::vector<float> peaks, order;  // of the groups, as they lie; numbers to find the least that matters
+    std::vector<float> raw;  // what penalties have changed
     std::vector<Entry> found;
     std::vector<Line> lines, some;  // the weights of a row, and those among which top_p is reached
     std::vector<double> masses;     // of the groups

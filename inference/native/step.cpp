@@ -9,7 +9,7 @@
 #include "rows.h"
 #include "team.h"
 
-constexpr long VERSION = 9;  // of the structures and functions that inference/native_runner.py also knows
+constexpr long VERSION = 10;  // of the structures and functions that inference/native_runner.py also knows
 constexpr long ROWS = 512;   // rows computed at once; a longer step is cut into such parts, which changes no result
 constexpr long FEW = 2;      // so many rows are prepared by every thread for itself, which costs less than to meet
 
@@ -295,12 +295,19 @@ long step_begin(Step *step, long count, const long *token, const long *slot, con
 // Take part in what was begun, if it is not over, and return when it is.
 void step_join(Step *step) { step->team.join(false); }
 
-// Draw a token from each of `count` rows of logits, row[i] * stride apart, by its knobs; see draw() for what is no token.
-void step_draw(Step *step, long count, const long *row, long width, long stride, const float *logits, const Knobs *knobs,
-               long *chosen) {
+// Draw a token from each of `count` rows of logits, row[i] * stride apart, by its knobs and penalties; see draw() for
+// what is no token. A row with penalties must be there once. Returns whether their ids are within the width; else nothing
+// is drawn.
+bool step_draw(Step *step, long count, const long *row, long width, long stride, float *logits, const Knobs *knobs,
+               const Penalties *penalties, long *chosen) {
+    if (!std::all_of(penalties, penalties + count, [=](const Penalties &p) { return p.within(width); })) return false;
     step->after_rows(count, [=](long i, DrawRoom &room) {
-        chosen[i] = draw(logits + row[i] * stride, width, knobs[i], room);
+        float *z = logits + row[i] * stride;
+        penalties[i].apply(z, room.raw);
+        chosen[i] = draw(z, width, knobs[i], room);
+        penalties[i].undo(z, room.raw);
     });
+    return true;
 }
 
 // Find log-probabilities in each of `count` rows of logits: of id[i] and the top[i], at most `most`, most probable ones.
