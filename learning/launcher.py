@@ -20,7 +20,6 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from storage.files import sweep_temporary
 from storage.runs import Run
 from training.config import TrainConfig
 from training.hardware import require_devices
@@ -145,7 +144,6 @@ def launch(
         print(note, flush=True)
         if trainer_of(run) != identify(os.getpid()):  # what is in the folder is not of this run
             continue
-        sweep_temporary(run.folder)
         if run.checkpoint.exists() or run.previous.exists():
             argv = [*argv, "--init_from", "resume"]
     signal.setitimer(signal.ITIMER_REAL, 0)

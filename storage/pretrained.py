@@ -311,7 +311,7 @@ def _write_folder(folder: Path, model: GPT, tokenizer: Tokenizer, dtype: torch.d
 
 def _put_in_place(temporary: Path, folder: Path) -> None:
     """Rename `temporary` to `folder`; one that was there is moved aside first and removed last."""
-    aside = temporary_beside(folder)
+    aside = temporary_beside(temporary.parent / folder.name)
     if folder.exists():
         os.rename(folder, aside)
     try:
@@ -324,14 +324,17 @@ def _put_in_place(temporary: Path, folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def export(model: GPT, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+def export(
+    model: GPT, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype = torch.float32, work: Path | None = None
+) -> None:
     """Write a folder that transformers' AutoModelForCausalLM and AutoTokenizer load with no other file.
 
-    `dtype` is float32, float16 or bfloat16. The folder appears whole, replacing one that was there, or not at all.
+    `dtype` is float32, float16 or bfloat16. The folder appears whole, replacing one that was there, or not at all;
+    until then it is in `work`, a folder on the same disk, by default the one that it will be in.
     """
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype is {dtype}; it must be float32, float16 or bfloat16")
-    temporary = temporary_beside(folder)
+    temporary = temporary_beside((work or folder.parent) / folder.name)
     temporary.mkdir(parents=True)
     try:
         _write_folder(temporary, model, tokenizer, dtype)

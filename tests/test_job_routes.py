@@ -1,11 +1,17 @@
 """Training jobs, datasets and exports over HTTP."""
 
 import io
+import os
+import shutil
 
 import pytest
+import torch
 from fakes import FakeServer, byte_tokenizer, events
 
+from model import GPT, GPTConfig
+from storage import pretrained
 from storage.errors import Unreachable
+from storage.files import sweep_temporary, temporary_beside
 from training import metrics
 
 TRAIN = {"dataset": "shakesphere", "output_dir": "out/shakespeare_model", "model_type": "gpt2", "batch_size": 4}
@@ -337,3 +343,22 @@ def test_an_upload_may_be_larger_than_a_json_body(tmp_path, tokenizer):
 def test_export_refuses(server, body, status):
     reply = server.post("/api/export", body)
     assert reply.status_code == status and "model_path" not in reply.json["error"]
+
+
+def test_an_unfinished_export_is_no_obstacle_to_a_job_and_gone_when_a_server_starts(server, tokenizer, monkeypatch):
+    run, write = server.workspace.run("mine"), pretrained._write_folder
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=tokenizer.n_vocab))
+    run.folder.mkdir(parents=True)
+    torch.save({"model": model.state_dict(), "model_args": model.config.model_args()}, run.checkpoint)
+    tokenizer.save(run.tokenizer)
+
+    def slow(folder, *args):
+        write(folder, *args)
+        sweep_temporary(run.folder)  # as a job does that starts meanwhile
+        shutil.copytree(folder, temporary_beside(folder))  # which a server that is killed now would leave
+
+    monkeypatch.setattr(pretrained, "_write_folder", slow)
+    assert server.post("/api/export", {"model": "mine"}).json["path"] == "out/mine/export"
+    sweep_temporary(server.workspace.out)  # as JobManager does when it begins
+    assert sorted(os.listdir(run.folder)) == ["ckpt.pt", "export", "tokenizer.json"]
+    assert os.listdir(server.workspace.out) == ["mine"]

@@ -17,6 +17,7 @@ from test_train import ROOT, TEXT, TINY, Place, same_weights
 
 from learning.launcher import cause, ended, threads_each
 from storage import checkpoints
+from storage.files import temporary_beside
 from storage.runs import Workspace
 from training import admission, hardware, metrics
 from training.config import ConfigError, TrainConfig, resolve
@@ -75,8 +76,11 @@ def test_a_killed_process_takes_all_back_to_the_last_checkpoint_and_the_losses_a
     with trainer(place, "two", **fields) as launcher:
         until(lambda: reached(place, "two", 25))
         first = ranks_of(place.run("two"))
+        half, written = (temporary_beside(path) for path in (place.run("two").checkpoint, place.run("two").status))
+        half.touch(), written.touch()  # of the killed process, and of a server that is writing at this moment
         os.kill(first[1], signal.SIGKILL)
         assert launcher.wait(90) == 0, log(place, "two")
+    assert written.exists() and not half.exists()
     place.train("one", **FIELDS)
     assert same_losses(place, "two", "one") and place.result("two")["state"] == "succeeded"
     notes = [row["note"] for row in metrics.read(place.run("two").metrics) if "note" in row]

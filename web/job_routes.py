@@ -282,5 +282,5 @@ def export(body: ExportBody) -> dict[str, Any]:
     check_allowed(ctx.settings, reference)
     loaded = checkpoints.load_model(reference, ctx.workspace)
     folder = reference.path.parent / "export"
-    pretrained.export(loaded.model, loaded.tokenizer, folder)
+    pretrained.export(loaded.model, loaded.tokenizer, folder, work=ctx.workspace.out)  # swept when a server starts
     return {"message": "Model exported", "path": str(folder.relative_to(ctx.workspace.root)), "model": reference.id}
