@@ -1,7 +1,6 @@
 """Choose and build the runner of a loaded model: native where it can serve, torch everywhere."""
 
 import hashlib
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ from inference.decode_graphs import recorder
 from inference.native.machine import cpu_flags
 from inference.torch_runner import DTYPES, TorchRunner
 from model import GPT, GPTConfig
+from storage.machine import total_memory
 
 if TYPE_CHECKING:
     from inference.runner import ModelRunner
@@ -58,7 +58,7 @@ def half_of_memory(device: str) -> int:
     """Return half of the memory that models on this device live in, in bytes."""
     if device in ("auto", "cuda") and torch.cuda.is_available():
         return int(torch.cuda.get_device_properties(0).total_memory) // 2
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return total_memory() // 2
 
 
 class NotFinite(ValueError):

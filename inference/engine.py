@@ -27,6 +27,7 @@ from inference.loading import ModelSource
 from inference.pool import ModelPool
 from inference.sequence import Generation, SamplingParams
 from storage.checkpoints import open_model
+from storage.machine import within_limit
 
 if TYPE_CHECKING:
     from inference.loading import Builder, Loader
@@ -250,9 +251,9 @@ class Engine:
     # --- the engine's thread ---
 
     def _run(self) -> None:
-        if self._options.threads is not None:
-            torch.set_num_threads(self._options.threads)
-        self._torch_threads = torch.get_num_threads()
+        self._torch_threads = self._options.threads or within_limit(torch.get_num_threads())
+        if self._torch_threads != torch.get_num_threads():
+            torch.set_num_threads(self._torch_threads)
         while not self._stopped:
             try:
                 self._turn()

@@ -20,6 +20,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from storage.machine import usable_cores
 from storage.runs import Run
 from training.config import TrainConfig
 from training.hardware import require_devices
@@ -51,7 +52,7 @@ def pass_on(stop: StopSignal) -> None:
 def threads_each(processes: int) -> int:
     """Return the CPU threads of each process: together those that this one would have taken."""
     given = os.environ.get("OMP_NUM_THREADS", "")
-    return max(1, (int(given) if given.isdecimal() else len(os.sched_getaffinity(0))) // processes)
+    return max(1, (int(given) if given.isdecimal() else usable_cores()) // processes)
 
 
 def run_together(script: Path, argv: Sequence[str], processes: int, threads: int, note: str = "") -> dict[int, int]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from model import GPT
+from storage.machine import within_limit
 from training.config import TrainConfig
 from training.hardware import Peak, choose_device, choose_dtype, process_memory, sheet_peak
 from training.rank import Rank
@@ -37,8 +38,10 @@ class Machine:
         device = torch.device(choose_device(config.device, there, place.local))
         bf16 = {"cuda": torch.cuda.is_bf16_supported, "cpu": torch.cpu._is_avx512_bf16_supported, "mps": bool}
         dtype = choose_dtype(config.dtype, device.type, bf16[device.type]())
-        if config.threads is not None:
-            torch.set_num_threads(max(1, config.threads // place.local_world))
+        before = torch.get_num_threads()
+        threads = within_limit(before) if config.threads is None else max(1, config.threads // place.local_world)
+        if threads != before:
+            torch.set_num_threads(threads)
         if device.type != "cuda":
             return cls(device, device.type, dtype)
         torch.cuda.set_device(device)

@@ -24,6 +24,7 @@ from storage.chat_format import framed
 from storage.documents import Scan
 from storage.errors import NotLoadable
 from storage.files import open_regular
+from storage.machine import usable_cores
 from storage.records import Piece
 from storage.tokenizer import Tokenizer
 from storage.unfinished import Unfinished
@@ -185,11 +186,6 @@ def separator(tokenizer: Tokenizer, documents: int) -> Ids:
         return tokenizer.encode_array("\n")
     except ValueError:
         return np.empty(0, dtype=np.uint32)
-
-
-def usable_cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _batches(stream: Iterator[Labelled]) -> Iterator[list[Labelled]]:

@@ -7,7 +7,6 @@ tokenizer_json.py. No torch; BPE runs on tiktoken, whatever trained it.
 
 import hashlib
 import json
-import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +21,7 @@ import numpy.typing as npt
 import tiktoken
 
 from storage.files import replace_file, write_all
+from storage.machine import usable_cores
 from storage.stream_decoder import StreamDecoder
 
 EOT = "<|endoftext|>"
@@ -214,7 +214,7 @@ class BytePairTokenizer(_Vocabulary):
 
     def encode_batch(self, texts: Sequence[str], threads: int | None = None) -> list[list[int]]:
         """Return the ids of each text, computed in parallel."""
-        with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
+        with ThreadPoolExecutor(threads or usable_cores()) as pool:
             return list(pool.map(self.encode, texts))
 
     def encode_array(self, text: str) -> npt.NDArray[np.uint32]:

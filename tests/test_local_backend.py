@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from storage.machine import total_memory
 from storage.runs import Run, Workspace
-from training.hardware import machine_memory
 from training.local_backend import LocalBackend, environment, fail_first_without_memory
 from training.process import ProcessIdentity, boot_id, identify, is_alive, session, signal_session
 
@@ -97,7 +97,7 @@ def memory_of_a_trainer(run: Run, memory: int | None) -> list[int]:
 def test_a_trainer_takes_no_more_memory_than_it_may_or_than_the_machine_has(run, monkeypatch):
     assert memory_of_a_trainer(run, 2**30) == [2**30, 2**30]
     monkeypatch.setattr("training.local_backend.gpus", lambda: 0)
-    assert memory_of_a_trainer(run, None) == [machine_memory()] * 2
+    assert memory_of_a_trainer(run, None) == [total_memory()] * 2
 
 
 def test_the_default_bounds_no_trainer_that_may_have_a_gpu(run, monkeypatch):

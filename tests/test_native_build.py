@@ -128,12 +128,11 @@ def test_the_cache_is_where_the_setting_or_the_users_cache_folder_says(monkeypat
     assert build.cache_folder() == tmp_path / "own"
 
 
-@pytest.mark.parametrize(("text", "cores"), [("max 100000", 2), ("100000 100000", 1), ("50000 100000", 1), ("odd", 2)])
-def test_threads_are_the_physical_cores_within_the_containers_quota(monkeypatch, tmp_path, text, cores):
-    (tmp_path / "cpu.max").write_text(text)
+@pytest.mark.parametrize(("limit", "cores"), [(float("inf"), 2), (1.0, 1), (0.5, 1)])
+def test_threads_are_the_physical_cores_within_the_containers_quota(monkeypatch, tmp_path, limit, cores):
     for cpu, siblings in ((0, "0,2"), (1, "1,3"), (2, "0,2"), (3, "1,3")):
         (tmp_path / str(cpu)).write_text(siblings)
-    monkeypatch.setattr(machine, "QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr("storage.machine.core_limit", lambda: limit)
     monkeypatch.setattr(machine, "CORE", str(tmp_path / "{}"))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
     assert machine.available_cores() == cores

@@ -1,4 +1,7 @@
-"""What the hardware is and could do: which device and precision a run gets, peak arithmetic, memory. No torch here."""
+"""What the hardware is and could do: which device and precision a run gets, peak arithmetic, what a process took.
+
+How much memory and how many cores there are is in storage/machine.py. No torch here.
+"""
 
 import contextlib
 import os
@@ -10,7 +13,6 @@ from pathlib import Path
 from training.strict_model import ConfigError
 
 GPUS = Path("/proc/driver/nvidia/gpus")  # a folder for each, from the driver
-CONTAINER_MEMORY = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 # Dense bf16 operations per second, from the makers' data sheets.
 BF16_PEAK = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
@@ -42,25 +44,6 @@ def process_memory() -> int:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def machine_memory() -> int:
-    """Return the bytes of memory of this machine, or of the container around us if it may have less."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for file in CONTAINER_MEMORY:
-        with contextlib.suppress(OSError, ValueError):  # "max" is none
-            limits.append(int(Path(file).read_text()))
-    return min(limits)
-
-
-def available_memory() -> int | None:
-    """Return the bytes that programs can still take without swapping, None where the system does not say."""
-    try:
-        with open("/proc/meminfo") as f:
-            fields = dict(line.split(":", 1) for line in f)
-    except OSError:
-        return None
-    return int(fields["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in fields else None
 
 
 def memory_kills() -> int:

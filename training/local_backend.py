@@ -15,8 +15,9 @@ import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from storage.machine import total_memory, usable_cores
 from storage.runs import Run, Workspace
-from training.hardware import gpus, machine_memory
+from training.hardware import gpus
 from training.job import read_object
 from training.process import ProcessIdentity, identify, is_alive, opened, session, signal_session
 
@@ -71,11 +72,11 @@ def fail_first_without_memory(pid: int, most: int | None = None) -> None:
 
     Counted is what it can write and nobody shares (RLIMIT_DATA): not the files it maps, nor the addresses, often
     more than the machine has memory, that CUDA and allocators only reserve, which RLIMIT_AS would count. With None
-    it is the machine's memory, beyond which there is no more, and no bound where there are GPUs, whose driver may
-    map what is not this machine's memory.
+    it is the memory that there is, and no bound where there are GPUs, whose driver may map what is not this machine's
+    memory.
     """
     if most is None and gpus() == 0:
-        most = machine_memory()
+        most = total_memory()
     with contextlib.suppress(OSError):
         bounds = [most, *resource.prlimit(pid, resource.RLIMIT_DATA)]  # those of the server may be lower
         lowest = min((bound for bound in bounds if bound not in (None, resource.RLIM_INFINITY)), default=None)
@@ -103,8 +104,7 @@ class LocalBackend:
         """
         self._memory = memory
         self._workspace, self._program, self._priority = workspace, [python, str(script)], priority
-        cores = len(os.sched_getaffinity(0))
-        self._budget = {} if at_once == 1 else {"OMP_NUM_THREADS": str(max(1, cores // at_once))}
+        self._budget = {} if at_once == 1 else {"OMP_NUM_THREADS": str(max(1, usable_cores() // at_once))}
         self._children: dict[ProcessIdentity, subprocess.Popen[bytes]] = {}
         self._awake, self._alarm = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 

@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from storage.datasets import Splits
+from storage.machine import available_memory
 from storage.token_files import BEGINS, count_learned
 from training.config import TrainConfig
 from training.examples import Mask
-from training.hardware import available_memory
 from training.progress import duration, quantity
 from training.windows import Tokens
 

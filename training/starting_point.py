@@ -5,10 +5,10 @@ from typing import Any
 from storage import registry
 from storage.datasets import Splits
 from storage.inspection import inspect
+from storage.machine import available_memory
 from storage.runs import Run, Workspace
 from training.config import ConfigError, TrainConfig, resolve
 from training.disk_space import parameters
-from training.hardware import available_memory
 from training.presets import GPT2_WIDTH, PRESETS
 
 ACTIVATION_BYTES = 32  # of a token in a layer, by width: what the backward pass needs of the forward one, at least

@@ -1,13 +1,13 @@
 """What this machine's processor can do and how much of it is ours: instruction sets, cores. Linux only."""
 
-import math
 import os
 import platform
 from pathlib import Path
 
+from storage.machine import within_limit
+
 CPU_INFO = Path("/proc/cpuinfo")
 CORE = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
-QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def cpu_flags() -> frozenset[str]:
@@ -20,15 +20,6 @@ def cpu_flags() -> frozenset[str]:
     return frozenset()
 
 
-def _quota() -> float:
-    """Return how many cores' time a container grants this process; infinity without a limit."""
-    try:
-        most, period = QUOTA.read_text().split()
-    except (OSError, ValueError):
-        return math.inf
-    return math.inf if most == "max" else int(most) / int(period)
-
-
 def available_cores() -> int:
     """Return the physical cores that this process may use: two hardware threads of a core share its arithmetic."""
     if not hasattr(os, "sched_getaffinity"):
@@ -39,4 +30,4 @@ def available_cores() -> int:
             cores.add(Path(CORE.format(cpu)).read_text().strip())
         except OSError:
             cores.add(str(cpu))
-    return max(1, min(len(cores), math.floor(_quota())) if math.isfinite(_quota()) else len(cores))
+    return within_limit(len(cores))
