@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from storage.errors import NotFound, NotLoadable, StorageError
-from storage.files import open_descriptor, read_json, replace_file, sync_folder, write_json
+from storage.files import open_descriptor, opened, read_json, replace_file, sync_folder, write_json
 from storage.torch_file import crc_damage
 
 CHECKPOINT, BEST, PREVIOUS = "ckpt.pt", "best.pt", "ckpt.prev.pt"
@@ -163,8 +163,8 @@ def listed(folder: str, kept: bool = True) -> Iterator[CheckpointFile]:
 
 
 def sha256_of(path: Path) -> str:
-    """Return the sha256 of a regular file. Raises StorageError, OSError."""
-    with open(open_descriptor(path), "rb") as f:
+    """Return the sha256 of a regular file. Raises NotFound, NotLoadable."""
+    with opened(path) as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
@@ -176,7 +176,7 @@ def damage(path: Path) -> str | None:
     """
     written = entries(path)
     try:
-        with open(open_descriptor(path), "rb") as f:
+        with opened(path) as f:
             if not written:
                 return crc_damage(f, path.name)
             size = f.seek(0, 2)
@@ -242,6 +242,13 @@ def keep(path: Path, iter_num: int) -> None:
     _publish(path, path.with_name(kept_name(iter_num)), read_json(manifest_path(path)))
 
 
+def _has(path: Path, sha256: str) -> bool:
+    """Say whether a file is there, can be read, and is this one."""
+    with suppress(StorageError):
+        return sha256_of(path) == sha256
+    return False
+
+
 def bring_back(folder: Path, iter_num: int) -> None:
     """Make the checkpoint that is kept of an iteration the latest one; what was the latest is then the one before.
 
@@ -255,5 +262,5 @@ def bring_back(folder: Path, iter_num: int) -> None:
     entry = next((entry for entry in entries(source) if entry.get("sha256") == sha256), None)
     if entry is None:
         raise NotLoadable(damage(source) or f"{source.name} has no manifest, so nobody knows whether it is whole")
-    if not target.exists() or sha256_of(target) != sha256:  # else it is the latest already
+    if not _has(target, sha256):  # else it is the latest already
         _publish(source, target, read_object(str(manifest_path(source)))[0] | entry)

@@ -135,6 +135,16 @@ def open_descriptor(name: str | Path, folder: int | None = None, follow: bool = 
     return _opened(name, folder, follow)[0]
 
 
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """Open a regular file for reading. Raises NotFound and NotLoadable, this also where a disk fails inside."""
+    with open(open_descriptor(path), "rb") as f:
+        try:
+            yield f
+        except OSError as e:
+            raise _explain(e, path.name) from e
+
+
 class Identity(NamedTuple):
     """What tells a file from one that takes its name later, and from itself written over."""
 
@@ -177,6 +187,8 @@ def read_bytes(path: str | Path, limit_bytes: int, follow: bool = False) -> byte
     size = found.st_size
     try:
         data = os.read(descriptor, size + 1) if size <= limit_bytes else b""
+    except OSError as e:
+        raise _explain(e, os.path.basename(path)) from e
     finally:
         os.close(descriptor)
     if len(data) > size or size > limit_bytes:  # it grew, or was too large from the start

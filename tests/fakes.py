@@ -243,7 +243,11 @@ class FakeJob:
 
     def __init__(self, name: str, config: TrainConfig, process_id: int | None):
         self.name, self.config, self.process_id, self.priority = name, config, process_id, 0
-        self.state = "queued" if process_id is None else "running"
+        self.state, self.had_succeeded = "queued" if process_id is None else "running", False
+
+    @property
+    def has_result(self) -> bool:
+        return self.had_succeeded or self.state == "succeeded"
 
     def sample(self) -> dict[str, Any] | None:
         return {"iter_num": 5, "prompt": "To", "text": " be"}
@@ -253,7 +257,7 @@ class FakeJob:
         numbers = {"iter_num": 0, "max_iters": max_iters, "loss": None, "val_loss": None, "best_val_loss": None}
         times = {"created": time.time(), "started": None, "finished": None, "eta_seconds": None}
         rest = {"tokens_per_second": None, "error": None, "process_id": self.process_id, "queue_position": None}
-        rest |= {"priority": self.priority}
+        rest |= {"priority": self.priority, "has_result": self.has_result}
         return {"name": self.name, "state": self.state, **numbers, **times, **rest, "config": self.config.given()}
 
 
@@ -323,7 +327,7 @@ class FakeJobs:
             raise JobBusy(f"job {name} is running")
         if max_iters is not None:
             job.config = lengthened(job.config, max_iters)
-        job.state = "running"
+        job.state, job.had_succeeded = "running", job.has_result
         return job
 
     def delete(self, name: str) -> None:

@@ -1,6 +1,7 @@
 """Checkpoint files: which a run has, which are kept and brought back, and that a listing opens no weights."""
 
 import errno
+import hashlib
 import json
 import os
 
@@ -98,6 +99,26 @@ def test_what_is_not_kept_or_not_whole_is_not_brought_back(run):
     with pytest.raises(NotFound):
         bring_back(run.folder, 10)
     assert files(run) == {"ckpt.pt": 20, "ckpt.prev.pt": 10}, "nothing was changed"
+
+
+@pytest.mark.parametrize("name", ["ckpt-10.pt", "ckpt.pt"])
+def test_of_files_that_a_disk_cannot_read_a_kept_one_is_refused_and_the_latest_is_replaced(run, name, monkeypatch):
+    save(run, 10)
+    keep(run.checkpoint, 10)
+    save(run, 20)
+    digest, bad = hashlib.file_digest, (run.folder / name).stat().st_ino
+
+    def read(f, kind):
+        return failing(errno.EIO)() if os.fstat(f.fileno()).st_ino == bad else digest(f, kind)
+
+    monkeypatch.setattr(hashlib, "file_digest", read)
+    assert damage(run.folder / name) == f"{name} cannot be read: Input/output error"
+    if name == "ckpt.pt":
+        bring_back(run.folder, 10)
+        assert files(run) == {"ckpt.pt": 10, "ckpt.prev.pt": 20, "ckpt-10.pt": 10}
+    else:
+        with pytest.raises(NotLoadable, match=r"ckpt-10\.pt cannot be read: Input/output error"):
+            bring_back(run.folder, 10)
 
 
 def test_a_kept_file_that_a_crash_left_behind_its_manifest_is_brought_back_by_what_it_is(run):

@@ -217,6 +217,18 @@ def test_a_failed_fsync_is_a_failed_write_and_is_not_tried_again(tmp_path, monke
     assert len(tried) == 1 and os.listdir(tmp_path) == ["f"] and (tmp_path / "f").read_bytes() == b"old"
 
 
+def test_a_disk_that_fails_while_it_is_read_is_told_of_the_file(tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError(errno.EIO, "injected")
+
+    (tmp_path / "f.json").write_text("{}")
+    monkeypatch.setattr(os, "read", fail)
+    with pytest.raises(NotLoadable, match=r"f\.json cannot be read: Input/output error"):
+        files.read_json(tmp_path / "f.json")
+    with pytest.raises(NotLoadable, match=r"f\.json cannot be read"), files.opened(tmp_path / "f.json"):
+        fail()
+
+
 def test_the_write_after_a_failed_one_succeeds(tmp_path):
     with pytest.raises(NoSpace, match="f could not be written"):
         files.replace_file(tmp_path / "f", failing(errno.ENOSPC))

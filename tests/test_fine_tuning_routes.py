@@ -57,9 +57,9 @@ def run_of(server, job):
     return server.workspace.run(job["name"])
 
 
-def finish(server, job, state="succeeded"):
+def finish(server, job, state="succeeded", **more):
     server.jobs.get(job["name"]).state = state
-    write_json(run_of(server, job).status, {"state": state, "created": 1.0})
+    write_json(run_of(server, job).status, {"state": state, "created": 1.0, **more})
 
 
 def test_a_job_has_every_key_that_clients_need(server, file_id):
@@ -456,6 +456,17 @@ def test_results_are_listed_as_models(server, file_id):
     assert names == ["tiny", job["name"], f"{job['name']}/best", *tuned]
     for model in server.get("/v1/models").json["data"]:
         assert server.get(f"/v1/models/{model['id']}").json == model and type(model["created"]) is int
+
+
+@pytest.mark.parametrize("state, named", [("running", False), ("stopped", True), ("failed", True)])
+def test_a_result_is_served_whatever_becomes_of_the_job_that_goes_on_from_it(server, file_id, state, named):
+    job = trained(server, file_id)
+    name = server.get(f"{JOBS}/{job['id']}").json["fine_tuned_model"]
+    server.post(f"/api/jobs/{job['name']}/resume", {"max_iters": 1000})
+    finish(server, job, state, had_succeeded=True)
+    assert server.get(f"{JOBS}/{job['id']}").json["fine_tuned_model"] == (name if named else None)
+    assert name in [model["id"] for model in server.get("/v1/models").json["data"]]
+    assert server.get(f"/v1/models/{name}").json["id"] == name
 
 
 def test_a_result_that_is_a_link_is_left_out_of_the_list(server, file_id):

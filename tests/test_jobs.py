@@ -622,6 +622,19 @@ def test_resume_refuses_a_running_job_and_one_that_has_nothing_left_to_do(place)
         manager.resume("a", max_iters=-1)
 
 
+def test_a_job_that_has_succeeded_is_stopped_before_a_later_goal_and_keeps_its_result(place):
+    manager = place.manager()
+    stopped_job(place, manager)
+    assert not manager.get("a").has_result
+    manager.resume("a")
+    place.backend.end("a", state="succeeded", iter_num=20)
+    wait_for(manager, "a", "succeeded")
+    assert manager.resume("a", max_iters=40).has_result
+    manager.stop("a")
+    job = wait_for(manager, "a", "stopped")
+    assert (job["max_iters"], job["has_result"]) == (40, True) and place.restart().get("a").has_result
+
+
 # ---- restarts
 
 

@@ -18,7 +18,7 @@ from storage.errors import NotFound
 from storage.files import write_json
 from storage.runs import Run, Workspace
 from training import metrics
-from training.job import read_object
+from training.job import Job, read_object
 
 ORGANIZATION = "local"
 ID = re.compile(r"ftjob-[0-9a-f]{24}")
@@ -87,7 +87,7 @@ def model_path(workspace: Workspace, name: str) -> str:
         raise NotFound(f"there is no model {name[:100]!r}")
     run = run_of(workspace, f"ftjob-{found[1]}")
     if found[2] is None:
-        if read_object(run.status).get("state") == "succeeded" or read_object(run.result).get("state") == "succeeded":
+        if Job(run).has_result or read_object(run.result).get("state") == "succeeded":
             return f"{run.relative}/{run.checkpoint.name}"
         raise NotFound(f"the job of {name} has not succeeded; its checkpoints have names that end in :ckpt-step-<N>")
     for saved in saved_checkpoints(run):
@@ -166,7 +166,7 @@ def describe(described: Described, run: Run) -> dict[str, Any]:
         "finished_at": None if now in UNFINISHED else _whole(described["finished"]),
         "estimated_finish": None if left is None else int(time.time() + left),
         "error": _error(described),
-        "fine_tuned_model": model_name(described, run) if now == "succeeded" else None,
+        "fine_tuned_model": model_name(described, run) if described["has_result"] and now not in UNFINISHED else None,
         "hyperparameters": asked,
         "method": {"type": "supervised", "supervised": {"hyperparameters": asked}},
         "model": _model(described, kept),

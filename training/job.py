@@ -64,6 +64,7 @@ class Status:
     priority: int = 0  # higher goes first, whenever it came
     stopping: bool = False  # somebody has asked for its end
     killed: bool = False  # and it did not come in time
+    had_succeeded: bool = False  # before it was resumed: its result is still there, whatever becomes of the rest
     memory_kills: int = 0  # how often the system had ended a process for memory when this one started
 
     def write(self, run: Run) -> None:
@@ -111,6 +112,17 @@ class Job:
         """Return the state at the time this job was read."""
         return self.status.state
 
+    @property
+    def has_result(self) -> bool:
+        """Say whether the job has come to its end, now or before it was resumed: its model is one to be named."""
+        return self.status.had_succeeded or self.state == "succeeded"
+
+    def resumed(self, keeps_result: bool) -> Status:
+        """Return the status of this ended job when it waits to go on, from its checkpoint if there is one."""
+        resume = any(path.exists() for path in (self.run.checkpoint, self.run.previous))
+        had_succeeded, priority = self.has_result and keeps_result, self.status.priority
+        return Status("queued", self.status.created, resume=resume, priority=priority, had_succeeded=had_succeeded)
+
     def sample(self) -> dict[str, Any] | None:
         """Return the latest text sample: iter_num, prompt and text; None before there is one."""
         return metrics.last(self.run.samples) or None
@@ -150,6 +162,7 @@ class Job:
             "queue_position": self.position,
             "priority": status.priority,
             "output_dir": self.run.relative,
+            "has_result": self.has_result,
             "has_checkpoint": self.run.checkpoint.exists(),
             "config": config,
         }

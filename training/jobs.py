@@ -210,10 +210,8 @@ class JobManager:
                 with self._lock:
                     self._in_hand.discard(job.name)
                     self._require_idle(job.run)
-                    resume = any(path.exists() for path in (job.run.checkpoint, job.run.previous))
                     write_json(job.run.config, config.given())
-                    status = Status("queued", job.status.created, resume=resume, priority=job.status.priority)
-                    self._enqueue(job.run, status)
+                    self._enqueue(job.run, job.resumed(keeps_result=iter_num is None))
         except BaseException:
             self._in_hand.discard(job.name)
             raise

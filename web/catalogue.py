@@ -118,7 +118,7 @@ class Catalogue:
     def _tuned(self) -> Iterator[tuple[str, ModelReference]]:
         """Give the result and each checkpoint of the jobs that have succeeded."""
         for job in self._jobs.list():
-            if job.state != "succeeded":
+            if not job.has_result:
                 continue
             run = self._workspace.run(job.name)
             name = fine_tuning.model_name(job.describe(), run)
