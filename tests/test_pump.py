@@ -41,7 +41,7 @@ class Reply:
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         self.client.settimeout(30)
         self.source, self.failed = Source(), None
-        self.sock, self.chunked, self.sent = ours, False, 0
+        self.sock, self.chunked, self.sent, self.should_close = ours, False, 0, lambda: True
         self.headers_sent = True
         self.thread = threading.Thread(target=self._write, args=(pump,), daemon=True)
         self.thread.start()
@@ -146,26 +146,53 @@ def test_what_is_only_looked_at_is_taken_in_to_its_end_or_failure_by_the_pump(pu
         looked_at(moments(), pump)
 
 
-def test_chunks_are_framed_as_gunicorn_would():
-    ours, client = socket.socketpair()
-    with ours, client:
-        sender = ReplySender(SimpleNamespace(sock=ours, chunked=True, sent=0, headers_sent=True))
-        assert sender.send("é".encode() * 8) == b""
-        assert client.recv(100) == b"10\r\n" + "é".encode() * 8 + b"\r\n"
+@pytest.fixture
+def sender():
+    """Return what makes a sender, its reply and the client's end of the connection."""
+    sockets = []
 
-
-def test_the_head_goes_with_the_first_bytes_and_only_with_them():
-    ours, client = socket.socketpair()
-    with ours, client:
-        head = {"default_headers": lambda: ["HTTP/1.1 200 OK\r\n"], "headers": [("A", "ü")], "headers_sent": False}
-        reply = SimpleNamespace(sock=ours, chunked=False, sent=0, **head)
-        sender = ReplySender(reply)
-        sender.begin()
+    def make(**state) -> tuple[ReplySender, SimpleNamespace, socket.socket]:
+        sockets.extend(socket.socketpair())
+        ours, client = sockets[-2:]
+        reply = SimpleNamespace(sock=ours, sent=0, response_length=None, **{"should_close": lambda: False} | state)
         client.setblocking(False)
-        with pytest.raises(BlockingIOError):
-            client.recv(100)
-        assert sender.send(b"one") == b"" and sender.send(b"two") == b"" and reply.sent == 6
-        assert client.recv(100) == b"HTTP/1.1 200 OK\r\nA: \xfc\r\n\r\nonetwo"
+        return ReplySender(reply), reply, client
+
+    yield make
+    for each in sockets:
+        each.close()
+
+
+def test_chunks_are_framed_as_gunicorn_would(sender):
+    ours, _, client = sender(chunked=True, headers_sent=True)
+    assert ours.send("é".encode() * 8, False) == b""
+    assert client.recv(100) == b"10\r\n" + "é".encode() * 8 + b"\r\n"
+
+
+@pytest.mark.parametrize(("data", "framed"), [(b"end", b"3\r\nend\r\n0\r\n\r\n"), (b"", b"0\r\n\r\n")])
+def test_the_last_data_take_the_end_of_the_body_along_which_gunicorn_then_leaves_out(sender, data, framed):
+    ours, reply, client = sender(chunked=True, headers_sent=True)
+    assert ours.send(data, True) == b"" and client.recv(100) == framed
+    assert not reply.chunked and reply.response_length == reply.sent == len(data)
+    with pytest.raises(BlockingIOError):  # it is kept alive
+        client.recv(100)
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_a_connection_that_is_not_kept_ends_with_the_last_data(sender, chunked):
+    ours, _, client = sender(chunked=chunked, headers_sent=True, should_close=lambda: True)
+    assert ours.send(b"a", False) == b"" and client.recv(100)
+    assert ours.send(b"end", True) == b"" and b"end" in client.recv(100) and client.recv(100) == b""
+
+
+def test_the_head_goes_with_the_first_bytes_and_only_with_them(sender):
+    head = {"default_headers": lambda: ["HTTP/1.1 200 OK\r\n"], "headers": [("A", "ü")], "headers_sent": False}
+    ours, reply, client = sender(chunked=False, **head)
+    ours.begin()
+    with pytest.raises(BlockingIOError):
+        client.recv(100)
+    assert ours.send(b"one", False) == b"" and ours.send(b"two", False) == b"" and reply.sent == 6
+    assert client.recv(100) == b"HTTP/1.1 200 OK\r\nA: \xfc\r\n\r\nonetwo"
 
 
 def test_without_a_pump_the_frames_are_the_same(bell):

@@ -25,8 +25,11 @@ class Sender(Protocol):
         """Prepare to send; raises OSError as the others do."""
         ...
 
-    def send(self, data: bytes) -> bytes:
-        """Send as much as goes without waiting, at first after the head; return the rest, as `send_rest` takes it."""
+    def send(self, data: bytes, last: bool) -> bytes:
+        """Send as much as goes without waiting, at first after the head, and with the `last` data the body's end.
+
+        Returns the rest, as `send_rest` takes it.
+        """
         ...
 
     def send_rest(self, rest: bytes) -> None:
@@ -40,7 +43,7 @@ class Nobody:
     def begin(self) -> None:
         """Begin nothing."""
 
-    def send(self, data: bytes) -> bytes:
+    def send(self, data: bytes, last: bool) -> bytes:
         """Send nothing, of which nothing is left."""
         return b""
 
@@ -68,8 +71,8 @@ class Stream:
                 text += frame
             else:
                 self._over = True
-            if text:
-                self._rest = self._sender.send(text.encode())
+            if text or self._over:
+                self._rest = self._sender.send(text.encode(), self._over)
         except BaseException as error:  # the request's own thread raises it
             self._failed = error
         return not (self._over or self._rest or self._failed)

@@ -120,20 +120,40 @@ class ReplySender:
         self._reply.headers_sent = True
         return "".join([*lines, "\r\n"]).encode("latin-1")
 
-    def send(self, data: bytes) -> bytes:
-        """Send as much as goes at once; return the rest."""
-        self._reply.sent += len(data)
-        if self._reply.chunked:
+    def _framed(self, data: bytes, last: bool) -> bytes:
+        """Return data as HTTP has it, after the head if that is still to be sent."""
+        reply = self._reply
+        reply.sent += len(data)
+        head = self._head()
+        if not reply.chunked:
+            return head + data
+        if data:
             data = b"%X\r\n%b\r\n" % (len(data), data)
-        data = self._head() + data
+        if last:
+            data += b"0\r\n\r\n"
+            reply.chunked, reply.response_length = False, reply.sent  # so that gunicorn does not end it again
+        return head + data
+
+    def send(self, data: bytes, last: bool) -> bytes:
+        """Send as much as goes at once, and after the last the connection's end if that is due; return the rest."""
+        sock, closes, data = self._reply.sock, last and self._reply.should_close(), self._framed(data, last)
         try:
-            return data[self._reply.sock.send(data, socket.MSG_DONTWAIT) :]
+            rest = data[sock.send(data, socket.MSG_DONTWAIT) :]
         except BlockingIOError:
             return data
+        if closes and not rest:
+            _end_sending(sock)
+        return rest
 
     def send_rest(self, rest: bytes) -> None:
         """Send a rest; the kernel ends it when the reader has stopped."""
         self._reply.sock.sendall(rest)
+
+
+def _end_sending(sock: socket.socket) -> None:
+    """Let the client see the end now rather than when the loop or the request's thread comes to it."""
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_WR)
 
 
 def _set_deadlines(sock: socket.socket) -> None:
@@ -275,8 +295,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             conn.parser.unreader.begin()
         goes_on = super().handle(conn)
         if goes_on is False:
-            with contextlib.suppress(OSError):
-                conn.sock.shutdown(socket.SHUT_WR)  # the client need not wait for the loop to see the end
+            _end_sending(conn.sock)
         return goes_on
 
     # --- errors before the application ---
