@@ -16,6 +16,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Callable, Collection, Iterator, Sequence
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -136,7 +137,7 @@ def open_descriptor(name: str | Path, folder: int | None = None, follow: bool = 
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
+def opened(path: Path) -> Iterator[BufferedReader]:
     """Open a regular file for reading. Raises NotFound and NotLoadable, this also where a disk fails inside."""
     with open(open_descriptor(path), "rb") as f:
         try:

@@ -18,6 +18,7 @@ from storage.files import quoted
 from storage.registry import ModelReference, local_folder, pretrained_names, resolve
 from storage.runs import Workspace
 from training import fine_tuning
+from training.job import read_object
 from training.jobs import JobManager
 from web.errors import Refused
 from web.loading import check_allowed, is_allowed
@@ -121,7 +122,7 @@ class Catalogue:
             if not job.has_result:
                 continue
             run = self._workspace.run(job.name)
-            name = fine_tuning.model_name(job.describe(), run)
+            name = fine_tuning.model_name({"config": read_object(run.config)}, run)
             for saved in fine_tuning.saved_checkpoints(run):
                 try:
                     reference = resolve(self._workspace, model_path=f"{run.relative}/{saved.file}")
