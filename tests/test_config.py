@@ -84,7 +84,8 @@ def test_a_preset_fills_what_was_left_out_and_never_what_was_given():
 def test_every_preset_is_complete_from_scratch(name):
     resolved = resolve(config(model_type=name, init_from="scratch"))
     missing = [field for field, value in resolved.model_dump().items() if value is None]
-    others = {"threads", "patience", "keep_every", "sample_prompt", "wandb_project"}
+    others = {"threads", "patience", "keep_every", "sample_prompt"}
+    others |= {f"wandb_{name}" for name in ("project", "name", "entity", "tags")}
     optional = {"window", "lora_rank", "lora_alpha"} | others
     assert set(missing) <= optional and needed(resolved) > 50_000_000
 

@@ -171,9 +171,20 @@ def test_any_text_may_be_the_suffix_and_the_models_name_takes_what_it_can(server
 def test_an_integration_with_weights_and_biases_is_a_run_with_wandb(server, file_id):
     job = create(server, file_id, integrations=[WANDB])
     (native,) = server.get("/api/jobs").json["jobs"]
-    assert (native["config"]["wandb"], native["config"]["wandb_project"]) == (True, "mine")
-    assert job["integrations"] == [WANDB]
+    assert {name: v for name, v in native["config"].items() if "wandb" in name} == {
+        "wandb": True,
+        "wandb_project": "mine",
+    }
+    assert job["integrations"][0]["wandb"] == {"project": "mine", "name": None, "entity": None, "tags": []}
     assert create(server, file_id, integrations=[])["integrations"] == []
+
+
+def test_an_integration_says_how_the_run_is_called_whose_it_is_and_how_it_is_tagged(server, file_id):
+    asked = {"project": "mine", "name": "first", "entity": "us", "tags": ["a", "b c"]}
+    job = create(server, file_id, integrations=[{"type": "wandb", "wandb": asked}])
+    config = server.get("/api/jobs").json["jobs"][0]["config"]
+    found = [config[f"wandb_{name}"] for name in ("project", "name", "entity", "tags")]
+    assert found == ["mine", "first", "us", "a,b c"] and job["integrations"][0]["wandb"] == asked
 
 
 def test_a_job_that_is_deleted_while_it_is_cancelled_leaves_no_folder(server, file_id, monkeypatch):
@@ -223,6 +234,12 @@ def test_unknown_parameters_are_ignored_and_named(server, file_id):
         ({"integrations": [{"type": "mlflow"}]}, 400, "integrations[0].type is 'mlflow'; it must be one of wandb"),
         ({"integrations": [{"type": "wandb"}]}, 400, "integrations[0].wandb is required"),
         ({"integrations": [{"type": "wandb", "wandb": {}}]}, 400, "integrations[0].wandb.project is required"),
+        (
+            {"integrations": [{"type": "wandb", "wandb": {"project": "p", "tags": ["a,b"]}}]},
+            400,
+            "tags has 'a,b'; a tag must have no comma",
+        ),
+        ({"integrations": [{"type": "wandb", "wandb": {"project": "p", "entity": 5}}]}, 400, "wandb.entity is 5"),
         ({"integrations": [WANDB] * 2}, 400, "integrations is a list; it must be at most 1 items long"),
         ({"from_scratch": 3}, 400, "from_scratch is 3"),
         ({"model": "distilgpt2", "from_scratch": True}, 400, "from_scratch needs a preset"),

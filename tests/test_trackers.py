@@ -120,6 +120,13 @@ def test_wandb_gets_rows_and_samples_and_the_same_id_after_a_resume(run, wandb):
     trackers.trackers(run, config(wandb=True, init_from="resume"))
     trackers.trackers(run, config(wandb=True))
     assert wandb.calls[4]["id"] == begun["id"] != wandb.calls[6]["id"]
+    assert (begun["entity"], begun["tags"]) == (None, None)
+
+
+def test_wandb_gets_the_name_the_entity_and_the_tags_that_were_asked_for(run, wandb):
+    trackers.trackers(run, config(wandb=True, wandb_name="first", wandb_entity="us", wandb_tags="a, b c"))
+    begun = wandb.calls[0]
+    assert (begun["name"], begun["entity"], begun["tags"]) == ("first", "us", ["a", "b c"])
 
 
 def test_a_missing_package_is_refused_and_a_mere_folder_of_its_name_is_none(run, tmp_path, monkeypatch):

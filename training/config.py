@@ -101,6 +101,9 @@ class TrainConfig(StrictModel):
     tensorboard: bool = option("reports", "write TensorBoard's event files, too, for tensorboard --logdir out", False)
     wandb: bool = option("reports", "send rows and samples to Weights & Biases, whose package must be installed", False)
     wandb_project: str | None = option("reports", "its project there; default: WANDB_PROJECT", max_length=128)
+    wandb_name: str | None = option("reports", "the run's name there; default: that of its folder", max_length=128)
+    wandb_entity: str | None = option("reports", "whose it is there, a user or a team; default: yours", max_length=128)
+    wandb_tags: str | None = option("reports", "its tags there, separated by commas", max_length=1024)
     sample_prompt: str | None = option("reports", "prompt of the samples; default: val's first tokens", max_length=4096)
     sample_tokens: int | None = option("reports", "tokens of the sample at each evaluation; 0 for none", ge=0, le=4096)
 

@@ -52,8 +52,10 @@ class WeightsAndBiases:
         quiet = wandb.Settings(console="off", silent=True)  # train.log has all that a run prints
         self._run = wandb.init(
             id=run_id,
-            name=run.name,
+            name=config.wandb_name or run.name,
             project=config.wandb_project,
+            entity=config.wandb_entity,
+            tags=None if config.wandb_tags is None else [tag.strip() for tag in config.wandb_tags.split(",")],
             dir=str(run.folder),
             config=config.given(),
             resume="allow",

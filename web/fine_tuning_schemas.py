@@ -16,6 +16,7 @@ from web.openai_schemas import OpenAIBody
 from web.schemas import Reply
 
 MAX_EPOCHS, MAX_BATCH, MAX_MULTIPLIER = 50, 256, 1000
+MAX_TAGS = 15
 MAX_METADATA, MAX_KEY, MAX_VALUE = 16, 64, 512
 
 
@@ -72,6 +73,24 @@ class WandbBody(OpenAIBody):
     """Where Weights & Biases shows a job."""
 
     project: str = Field(max_length=128, description="name of the project there")
+    name: str | None = Field(None, max_length=128, description="the run's name there; default: the job's id")
+    entity: str | None = Field(None, max_length=128, description="whose it is there, a user or a team")
+    tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = Field(
+        [], max_length=MAX_TAGS, description="its tags there, without commas"
+    )
+
+    @field_validator("tags")
+    @classmethod
+    def _tags_have_no_commas(cls, value: list[str]) -> list[str]:
+        for tag in value:
+            if "," in tag:
+                raise ValueError(f"tags has {shown(tag)}; a tag must have no comma")
+        return value
+
+    def fields(self) -> dict[str, Any]:
+        """Return the fields of TrainConfig that this means; None for what is not given."""
+        found = {f"wandb_{name}": value for name, value in self.model_dump(exclude={"tags"}).items()}
+        return found | {"wandb": True, "wandb_tags": ",".join(self.tags) or None}
 
 
 class IntegrationBody(OpenAIBody):
@@ -136,7 +155,7 @@ class FineTuningBody(OpenAIBody):
 
     def tracked(self) -> dict[str, Any]:
         """Return the fields of TrainConfig that the integrations mean."""
-        return {"wandb": True, "wandb_project": self.integrations[0].wandb.project} if self.integrations else {}
+        return self.integrations[0].wandb.fields() if self.integrations else {}
 
     @classmethod
     def ignored(cls, value: Mapping[str, Any]) -> list[str]:
