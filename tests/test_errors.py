@@ -88,6 +88,8 @@ def test_an_unknown_exception_leaves_an_id_and_nothing_else(server, caplog, monk
         ("GET", "/.git/config", 404),
         ("GET", "/console?__debugger__=yes", 404),
         ("GET", "/api/%ff%fe", 404),
+        ("GET", "/v1x", 404),
+        ("GET", "/completionsx", 404),
         ("POST", "/healthz", 405),
         ("GET", "/api/load_model", 405),
         ("DELETE", "/api/status", 405),
@@ -100,7 +102,8 @@ def test_errors_of_routing_are_json(server, method, path, status):
 
 
 @pytest.mark.parametrize(
-    ("method", "path"), [("GET", "/v1/nowhere"), ("GET", "/v1/completions"), ("PUT", "/completions")]
+    ("method", "path"),
+    [*(("GET", f"/v1{rest}") for rest in ("", "/", "?a=b", "/nowhere", "/completions")), ("PUT", "/completions")],
 )
 def test_errors_under_v1_have_openais_four_keys(server, method, path):
     found = server.client.open(path, method=method).json["error"]

@@ -131,7 +131,7 @@ def test_anything_else_is_refused(guarded, authorization):
     headers = {} if authorization is None else {"Authorization": authorization}
     reply = guarded.post("/v1/completions", {"prompt": "a"}, headers=headers)
     assert reply.status_code == 401 and reply.headers["WWW-Authenticate"].startswith("Bearer")
-    assert reply.json["error"]["code"] == "invalid_api_key"
+    assert (reply.json["error"]["type"], reply.json["error"]["code"]) == ("invalid_request_error", "invalid_api_key")
 
 
 def test_every_route_but_health_needs_the_key(guarded):

@@ -172,7 +172,7 @@ def test_what_is_no_http_is_answered_in_json(server):
     ("rest", "status"), [(f"?{'a' * 9000} HTTP/1.1", 414), (f" HTTP/1.1\r\nX: {'a' * 90_000}", 431), (" HTTP/9", 400)]
 )
 def test_a_request_that_cannot_be_read_is_answered_in_the_shape_of_its_path(server, rest, status):
-    for path, kind in (("/v1/models", dict), ("/api/models", str)):
+    for path, kind in (("/v1/models", dict), ("/completions", dict), ("/api/models", str)):
         with raw(server, f"GET {path}{rest}\r\n\r\n".encode()) as connection:
             reply = connection.recv(4096)
         error = json.loads(reply.partition(b"\r\n\r\n")[2])["error"]
@@ -185,6 +185,14 @@ def test_a_body_in_chunks_that_ends_early_did_not_come_in_time(server):
     with raw(server, f"{head}Transfer-Encoding: chunked\r\n\r\n5\r\nab".encode()) as connection:
         connection.shutdown(socket.SHUT_WR)
         assert connection.recv(4096).startswith(b"HTTP/1.1 408")
+
+
+def test_chunks_of_a_compressed_body_are_refused_and_the_connection_is_closed(server):
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost:{server.port}\r\nContent-Type: application/json\r\n"
+    with raw(server, f"{head}Transfer-Encoding: gzip, chunked\r\n\r\n2\r\n{{}}\r\n0\r\n\r\n".encode()) as connection:
+        reply = connection.makefile("rb").read()
+    error = json.loads(reply.partition(b"\r\n\r\n")[2])["error"]
+    assert reply.startswith(b"HTTP/1.1 501") and "only chunked is supported" in error["message"]
 
 
 def test_a_damaged_chunk_is_a_bad_request(server):

@@ -93,6 +93,12 @@ def test_compressed_bodies_are_refused(server):
     assert post(server, b'{"prompt": "a"}', **{"Content-Encoding": "gzip"}).status_code == 415
 
 
+@pytest.mark.parametrize("coding", ["gzip, chunked", "deflate,chunked", "compress"])
+def test_bodies_that_are_compressed_for_the_transfer_are_refused(server, coding):
+    reply = post(server, b'{"prompt": "a"}', **{"Transfer-Encoding": coding})
+    assert reply.status_code == 501 and "Transfer-Encoding" in reply.json["error"]
+
+
 def test_a_body_over_the_limit_is_refused_before_it_is_read(server):
     reply = post(server, b'{"prompt": "' + b"a" * 5000 + b'"}')
     assert reply.status_code == 413 and "larger" in reply.json["error"]

@@ -54,8 +54,8 @@ from web.completion import GenerationFailed
 
 log = logging.getLogger(__name__)
 
-OPENAI_PATHS = ("/v1/", "/completions", "/tokenize", "/detokenize", "/tokenizer_info")
-TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error", 501: "not_implemented_error"}
+OPENAI_PATHS = ("/v1/", "/completions/", "/tokenize/", "/detokenize/", "/tokenizer_info/")
+TYPES = {403: "permission_error", 429: "rate_limit_error", 501: "not_implemented_error"}
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FIXED = {
     404: "there is nothing at this path; GET /docs lists every route",
@@ -102,7 +102,7 @@ class Problem:
 
 def is_openai(path: str) -> bool:
     """Say whether a path speaks OpenAI's protocol."""
-    return path.startswith(OPENAI_PATHS)
+    return f"{path}/".startswith(OPENAI_PATHS)
 
 
 def _retry(seconds: int = 1) -> dict[str, str]:

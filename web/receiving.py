@@ -37,7 +37,8 @@ class Receiver(SocketUnreader):  # type: ignore[misc]
     @property
     def path(self) -> str:
         """Return how the path of the request begins, also of one that cannot be parsed."""
-        return (self._beginning.split(b" ", 2)[1:2] or [b""])[0].decode("latin-1")
+        target = (self._beginning.split(b" ", 2)[1:2] or [b""])[0]
+        return target.partition(b"?")[0].decode("latin-1")
 
     def read(self, size: int | None = None, read_ahead: int | None = None) -> bytes:
         """Return bytes that have been received; the first ones of a request are remembered."""

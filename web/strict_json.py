@@ -139,7 +139,10 @@ class _Body:
 
 
 def refuse_compressed(headers: Headers) -> None:
-    """Raise 415 for a body that is not sent as it is."""
+    """Raise 415, or 501 for the transfer alone, for a body that is not sent as it is."""
+    codings = {coding.strip().lower() for coding in headers.get("Transfer-Encoding", "").split(",")}
+    if not codings <= {"", "identity", "chunked"}:
+        raise Refused(501, "of Transfer-Encoding only chunked is supported; send the body as it is")
     if headers.get("Content-Encoding", "identity").lower() != "identity":
         raise UnsupportedMediaType("Content-Encoding is not supported; send the body as it is")
 
