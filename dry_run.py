@@ -47,7 +47,7 @@ def measure(config: TrainConfig, workspace: Workspace, run: Run, team: Team) -> 
     memory = machine.memory_bytes()
     if machine.device.type == "cpu":  # which all processes share
         memory = int(team.sum(memory))
-    found = report(config, splits, trainer.window, model.config.vocab_size, updates, memory)
+    found = report(config, splits, trainer.batches.window, model.config.vocab_size, updates, memory)
     return {"format": dataset(workspace, config.dataset).format(), **found}
 
 

@@ -276,8 +276,9 @@ def train(config: TrainConfig, workspace: Workspace, run: Run, team: Team, outco
         trainer.saved = trainer.iter_num
         report.resume(trainer.iter_num, trainer.seconds)
     report.tell(trainer.iter_num, team.place.note)
-    operations = model.flops_per_token(trainer.window)
-    report.start(model.num_params(), trainer.window, operations, machine.peak(), team.world)
+    window = trainer.batches.window
+    operations = model.flops_per_token(window)
+    report.start(model.num_params(), window, operations, machine.peak(), team.world)
 
     stop.enter_loop()
     while True:

@@ -189,7 +189,7 @@ class Dataset:
             self._check_tokens(tokenizer_name, block_size, has_text=bool(files))
         elif files:
             size = sum(source.size for source in files)
-            if block_size is not None and size <= block_size:
+            if block_size is not None and size <= block_size and self.format() == "text":
                 raise self.refuse(f"has {size} bytes of text, too little for block_size {block_size}")
             if size <= READ_AT_ONCE and validation_start(self.folder, files) is None:
                 require_two_examples(self.name, scan(pieces(self.folder, files)))

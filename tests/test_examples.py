@@ -19,7 +19,7 @@ from storage.runs import Workspace
 from storage.token_files import BEGINS, LEARNED
 from storage.tokenizer import char_tokenizer
 from training import metrics
-from training.examples import ExampleOrder, learned, weight
+from training.examples import ExampleOrder, learned, order_of, weight
 from training.probe import probe
 from training.windows import gather
 
@@ -82,9 +82,16 @@ def test_windows_begin_where_documents_begin_and_cover_all_that_is_learned():
     mask = mask_of(*[(3, 4), (2, 2), (5, 6)] * 20)
     order = ExampleOrder(mask, 16, seed=1)
     starts = order.next(len(order.order))
-    seen = {int(s) + 1 + i for s in starts for i in range(16)}
+    seen = {(int(s) + 1 + i) % len(mask) for s in starts for i in range(16)}
     assert seen >= set(np.flatnonzero(mask & LEARNED)) and len(set(starts)) == len(starts)
-    assert all(mask[s] & BEGINS or s == len(mask) - 17 for s in starts)
+    assert all(mask[s] & BEGINS for s in starts), "also the last ones, which go on at the beginning"
+
+
+def test_each_of_a_few_documents_begins_a_window_and_none_is_longer_than_all_of_them():
+    mask = mask_of((3, 4), (2, 2), (5, 6))
+    order = order_of(np.zeros(len(mask), np.uint16), mask, 64, seed=1)
+    assert order.length == len(mask) - 1 and set(order.next(60).tolist()) == {0, 7, 11}
+    assert gather(np.arange(len(mask)), np.array([11, 0]), 14).tolist() == [[*range(11, 22), *range(4)], [*range(15)]]
 
 
 def test_a_document_longer_than_a_window_goes_on_in_the_next():
@@ -173,6 +180,17 @@ def test_a_model_trained_on_conversations_answers_as_it_was_taught(workspace):
     sample = metrics.read(workspace.run("chat").samples)[-1]
     asked = sample["prompt"].removeprefix("<|user|>").removesuffix("<|end|><|assistant|>")
     assert sample["text"] == ANSWERS[asked] + "<|end|>"
+
+
+def test_four_conversations_are_enough_of_which_one_is_validated_on_and_each_other_is_learned(workspace):
+    few = dict(list(ANSWERS.items())[:4])
+    lines = [json.dumps({"messages": conversation(*item)}) + "\n" for item in few.items()]
+    (workspace.data / "talk" / "val.jsonl").unlink()
+    (workspace.data / "talk" / "chat.jsonl").write_text("".join(lines))
+    run(workspace, "few", **{"block_size": 64, "max_iters": 100, "eval_interval": 100, "learning_rate": 0.01})
+    last = metrics.last(workspace.run("few").metrics)
+    assert last["train_loss"] < 0.1 < last["val_loss"]
+    assert sum(answer(workspace, "few", question) == f"{said}<|end|>" for question, said in few.items()) == 3
 
 
 def test_a_model_of_plain_text_becomes_one_that_chats(workspace):

@@ -1,8 +1,9 @@
 """Examples: training on text of which only a part is learned, as its mask says (storage/token_files.py).
 
 Windows then begin where documents begin, so that a model sees a conversation as it will be asked: from its start.
-A document that a window cuts begins the next one; what is longer than a window goes on in it. Windows without a
-token to learn are left out. Without a mask there are only windows.py's windows, and each token counts the same.
+A document that a window cuts begins the next one; what is longer than a window goes on in it. The last document is
+followed by the first. Windows without a token to learn are left out, and no window is longer than the split: few
+examples are enough. Without a mask there are only windows.py's windows, and each token counts the same.
 """
 
 from typing import Any
@@ -28,28 +29,27 @@ class ExampleOrder(WindowOrder):
     def _after(self, start: int) -> int:
         """Return where the window after the one at `start` begins."""
         last_target = start + self.length
-        cut = int(self.begins[np.searchsorted(self.begins, last_target + 1, "right") - 1])
+        rounds, place = divmod(last_target + 1, self.tokens)
+        cut = rounds * self.tokens + int(self.begins[np.searchsorted(self.begins, place, "right") - 1])
         return cut if cut > start else last_target
 
-    def _cut(self, start: int, end: int) -> list[int]:
-        """Return the starts of the windows with something to learn that begin in [start, end)."""
-        found, last = [], self.tokens - self.length - 1
-        while start < end:
-            start = min(start, last)
-            if (self.mask[start + 1 : start + 1 + self.length] & LEARNED).any():
-                found.append(start)
-            if start == last:
-                break
-            start = self._after(start)
-        return found
+    def _learns(self, start: int) -> bool:
+        """Say whether the window at `start` has something to learn."""
+        over = max(0, start + 1 + self.length - self.tokens)
+        parts = self.mask[start + 1 : start + 1 + self.length], self.mask[:over]
+        return any(bool((part & LEARNED).any()) for part in parts)
 
     def _shuffle(self) -> None:
         random = np.random.default_rng((self.seed, self.epoch))
-        first = int(random.choice(self.begins))
-        starts = self._cut(first, self.tokens) + self._cut(0, first)
-        if not starts:
+        start, found = int(random.choice(self.begins)), []
+        end = start + self.tokens
+        while start < end:
+            if self._learns(start % self.tokens):
+                found.append(start % self.tokens)
+            start = self._after(start)
+        if not found:
             raise ValueError(f"no window of {self.length} has a token to learn")
-        self.order = random.permutation(np.array(starts, dtype=np.int64))
+        self.order = random.permutation(np.array(found, dtype=np.int64))
 
     def _starts(self, taken: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
         return taken
@@ -57,7 +57,9 @@ class ExampleOrder(WindowOrder):
 
 def order_of(tokens: Tokens, mask: Mask | None, length: int, seed: int) -> WindowOrder:
     """Return the order of a split's windows. Raises ValueError if there is none."""
-    return WindowOrder(len(tokens), length, seed) if mask is None else ExampleOrder(mask, length, seed)
+    if mask is None:
+        return WindowOrder(len(tokens), length, seed)
+    return ExampleOrder(mask, min(length, len(mask) - 1), seed)
 
 
 def learned(mask: Mask, starts: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.bool_]:

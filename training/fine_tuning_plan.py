@@ -95,7 +95,7 @@ def _window(config: TrainConfig, context: int, val_tokens: float) -> int:
         wanted = context
     else:
         wanted = config.window
-    return max(1, min(wanted, context, int(val_tokens / LONGEST_TOKENS) - 1))
+    return max(1, int(min(wanted, context, val_tokens / LONGEST_TOKENS - 1)))
 
 
 def _iterations(asked: Mapping[str, Any], per_epoch: int, usual: int, from_scratch: bool) -> int:
@@ -119,7 +119,8 @@ def plan(
     context, kind = _of_base(usual, workspace)
     per_token, text = BYTES_PER_TOKEN.get(kind, OTHER_BYTES_PER_TOKEN), sizes(dataset)
     from_scratch = usual.init_from == "scratch"
-    window = int(given.get("window") or _window(usual, context, text.val / per_token))
+    most = text.val / per_token if dataset.format() == "text" else math.inf  # few examples are one window
+    window = int(given.get("window") or _window(usual, context, most))
     steps = int(usual.batch_size or 1) * int(usual.gradient_accumulation_steps or 1)
     per_epoch = max(1, math.ceil(text.train / per_token / (steps * window)))
     iterations = _iterations(asked, per_epoch, int(usual.max_iters or 1), from_scratch)

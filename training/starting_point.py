@@ -100,7 +100,7 @@ def check_fit(config: TrainConfig, splits: Splits, shape: Any, world: int) -> No
         n, name = splits.tokenizer.n_vocab, splits.tokenizer.name
         raise ConfigError(f"the tokenizer {name} has {n} tokens, more than the model's vocabulary of {vocab_size}")
     for name, tokens in (("train", splits.train), ("val", splits.val)):
-        if len(tokens) <= window:
+        if splits.train_mask is None and len(tokens) <= window:  # examples are trained on however few there are
             least = f"a window of {window} needs {window + 1}; lower block_size or window, or add text"
             raise ConfigError(f"{config.dataset} has {len(tokens)} tokens to {name} on, and {least}")
     size, steps = int(config.batch_size or 1), int(config.gradient_accumulation_steps or 1)

@@ -74,7 +74,7 @@ class WindowOrder:
         """Return the starts of the next `n` windows, running into the next epoch where one ends."""
         parts = []
         while n > 0:
-            if self.position == len(self.order):
+            if self.position >= len(self.order):
                 self.epoch, self.position = self.epoch + 1, 0
                 self._shuffle()
             taken = self.order[self.position : self.position + n]
@@ -95,6 +95,12 @@ class WindowOrder:
 
 
 def gather(tokens: Tokens, starts: npt.NDArray[np.int64], length: int) -> Tokens:
-    """Return the windows as rows (len(starts), length + 1): inputs, and the target after the last."""
+    """Return the windows as rows (len(starts), length + 1): inputs, and the target after the last.
+
+    What passes the end of the tokens goes on at their beginning.
+    """
+    if starts.max(initial=0) + length >= len(tokens):
+        around: Tokens = tokens[(starts[:, None] + np.arange(length + 1)) % len(tokens)]
+        return around
     rows: Tokens = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[starts]
     return rows
