@@ -253,8 +253,10 @@ def print_standing(job: Reply) -> None:
 @name_argument
 def stop(client: ApiClient, name: str) -> None:
     """Stop a job after it has saved a checkpoint."""
-    print_standing(client.stop(name))
-    advise(client, resume=f"jobs resume {name}")
+    job = client.stop(name)
+    print_standing(job)
+    if job["state"] != "succeeded":
+        advise(client, resume=f"jobs resume {name}")
 
 
 @command(jobs, "resume")
@@ -283,7 +285,7 @@ def delete(client: ApiClient, name: str, yes: bool) -> None:
     if not yes:
         click.confirm(f"Delete the job {name} with its checkpoints?", abort=True, err=True)
     reply = client.delete_job(name)
-    print_reply(reply) if raw() else say(f"{name} deleted")
+    print_reply(reply) if raw() else say(f"{name} deleted; its folder is in out/.trash")
 
 
 # ---- data in, models out

@@ -183,5 +183,6 @@ def follow(client: ApiClient, name: str) -> None:
         raise click.exceptions.Exit(1)
     if job["state"] != "succeeded":
         raise ApiError(f"job {name} {job['state']}: {job.get('error') or 'it left no reason'}")
-    note("  ".join(filter(None, (standing(job), job.get("note")))))
+    best = None if job.get("best_val_loss") is None else f"best val {job['best_val_loss']:.4f}"
+    note("  ".join(filter(None, (standing(job), best, job.get("note")))))
     advise(client, load=f"load --model_path out/{name}/ckpt.pt", generate='generate --prompt "Once upon a time"')

@@ -60,7 +60,8 @@ def _by_type(workspace: Workspace, name: str) -> ModelReference:
     names = pretrained_names(workspace)
     if name not in names:
         error = NotFound if NAME.fullmatch(name) else BadName
-        raise error(f"model_type is {quoted(name)}; it must be one of {', '.join(names)}")
+        rule = f"it must be one of {', '.join(names)}; a trained model has a model_path: out/<name>"
+        raise error(f"model_type is {quoted(name)}; {rule}")
     folder = local_folder(workspace, name)
     if name == BUNDLED and folder is None:
         raise NotFound(f"the bundled model models/{BUNDLED} is not there")
@@ -71,7 +72,7 @@ def _by_type(workspace: Workspace, name: str) -> ModelReference:
 def _by_path(workspace: Workspace, value: str) -> ModelReference:
     parts = value.removesuffix("/").split("/")
     if not all(NAME.fullmatch(part) for part in parts):
-        raise BadName(f"model_path is not one that can be loaded; {PATH_RULE}")
+        raise BadName(f"model_path is {quoted(value)}; {PATH_RULE}")
     if parts[0] == "out" and 2 <= len(parts) <= 4:
         path = _locate(workspace.out, parts[1:], value)
         return ModelReference(_trained_id(path, workspace.out), _kind(path, "trained"), path, value)
@@ -81,7 +82,7 @@ def _by_path(workspace: Workspace, value: str) -> ModelReference:
     if len(parts) == 1 and parts[0] not in ("out", "models") and workspace.pretrained_dir is not None:
         path = _locate(workspace.pretrained_dir, parts, value)
         return ModelReference(value, "pretrained" if value in PRETRAINED else "folder", path, value)
-    raise BadName(f"model_path is not one that can be loaded; {PATH_RULE}")
+    raise BadName(f"model_path is {quoted(value)}; {PATH_RULE}")
 
 
 def _locate(root: Path, parts: Sequence[str], shown: str) -> Path:

@@ -608,6 +608,9 @@ def test_until_there_are_losses_the_view_shows_the_last_line_of_the_log():
 def test_a_job_that_is_being_stopped_says_so(server):
     server.answers["POST /api/jobs/mine/stop"] = server.job | {"stopping": True}
     assert run("jobs", "stop", "mine").stdout == "mine stopping  iteration 0 of 40\n"
+    assert "jobs resume mine" in run("jobs", "stop", "mine").stderr
+    server.answers["POST /api/jobs/mine/stop"] = server.job | {"state": "succeeded"}
+    assert "resume" not in run("jobs", "stop", "mine").stderr, "it has reached its end"
 
 
 def test_speed_is_told_beside_its_share_of_what_the_device_can_do():

@@ -98,7 +98,7 @@ def test_an_unknown_exception_leaves_an_id_and_nothing_else(server, caplog, monk
 def test_errors_of_routing_are_json(server, method, path, status):
     reply = server.client.open(path, method=method)
     assert reply.status_code == status and isinstance(reply.json["error"], str)
-    assert (status == 405) == ("Allow" in reply.headers)
+    assert (status == 405) == ("Allow" in reply.headers) == ("this method; it has " in reply.json["error"])
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,8 @@ def _of_http(error: HTTPException) -> Problem:
     if status == 429:
         headers = _retry() | headers
     text = FIXED.get(status) or str(error.description or error.name)
+    if status == 405 and "Allow" in headers:
+        text += f"; it has {headers['Allow']}"
     return Problem(status, text, "rate_limit_exceeded" if status == 429 else None, headers=headers)
 
 
