@@ -40,9 +40,9 @@ def sample(
     greatest logit is, if a runner knows; at V or above it is no token, or no finite number. Plain greedy rows then
     need no pass, nor do others if there is `draw`, by which a runner draws them, nor log-probabilities with `logprobs`.
     """
-    found = {} if greatest is None else _known(logits, sequences, greatest)
+    found, V = {} if greatest is None else _known(logits, sequences, greatest), logits.size(-1)
     if greatest is not None and draw is not None:
-        some = [i for i, place in enumerate(greatest) if place < logits.size(-1) and i not in found]
+        some = [i for i, place in enumerate(greatest) if place < V and i not in found]
         if some:
             found |= zip(some, _drawn(logits, some, [sequences[i] for i in some], draw), strict=True)
     rows = sorted(found)

@@ -49,8 +49,8 @@ def test_tokens_are_drawn_as_sampling_draws_them(width, scale, threads):
 
 
 def row_of(kind, width):
-    """Return a row of logits: scattered, all alike, with equals, with some forbidden, or with one far ahead."""
-    row = torch.randn(1, width, generator=torch.Generator().manual_seed(1)) * (0.2 if kind == "flat" else 3)
+    """Return a row of logits: scattered, flat, all alike, with equals, some forbidden, one far ahead, uneven parts."""
+    row = torch.randn(1, width, generator=torch.Generator().manual_seed(1)) * (0.2 if kind in ("flat", "uneven") else 3)
     if kind == "alike":
         row.zero_()
     elif kind == "equals":
@@ -59,10 +59,12 @@ def row_of(kind, width):
         row[:, ::3] = -torch.inf
     elif kind == "ahead":
         row[:, 7] = 90.0
+    elif kind == "uneven":  # a sample of groups of 64, say every 16th, misleads
+        row[:, torch.arange(width) // 64 % 16 == 0] -= 1
     return row
 
 
-@pytest.mark.parametrize("kind", ["scattered", "flat", "alike", "equals", "forbidden", "ahead"])
+@pytest.mark.parametrize("kind", ["scattered", "flat", "alike", "equals", "forbidden", "ahead", "uneven"])
 @pytest.mark.parametrize(
     "knobs",
     [

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <bit>
 #include <iterator>
+#include <numbers>
 #include <vector>
 
 #include "penalties.h"
@@ -23,6 +24,7 @@ struct DrawRoom {
     std::vector<float> raw;  // what penalties have changed
     std::vector<Entry> found;
     std::vector<Line> lines, some;  // the weights of a row, and those among which top_p is reached
+    std::vector<float> sample;      // of the weights
     std::vector<double> masses;     // of the groups
     float *weights() { return lines[0].at; }
     long size() const { return lines.size() * 16; }  // of weights: whole groups
@@ -67,6 +69,8 @@ struct Knobs { double u, temperature, top_p, min_p, top_k; };  // u: the random 
 
 constexpr long SPARE = 8;  // logits beyond top_k that are looked at, to see that none of them ties with the k-th
 constexpr long FEW_LEFT = 64;  // weights among which top_p is reached, few enough to sort
+constexpr long SAMPLE = 16;  // of so many groups one tells about where top_p is reached
+constexpr float AROUND = 1.1f;  // by this factor less and more
 constexpr long UNSETTLED = -1, UNSOUND = -2;
 
 // Where the sum of n weights passes `target`; the last one that has weight if rounding never lets it.
@@ -112,17 +116,27 @@ inline long draw_top(const float *z, long n, const Knobs &knobs, DrawRoom &room)
     return draw_found(knobs, room);
 }
 
+// 2^t for t up to 0, to 2 units in the last place; 1 for 0, 0 far below it; NaN stays NaN. Cheaper than exponential(), as
+// its t is scaled before: a polynomial of the least relative error in t - n, 2^n by scaling.
+inline Vec power_of_two(Vec t) {
+    t = _mm512_max_ps(all(-160.f), t);
+    const Vec n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = _mm512_sub_ps(t, n);
+    Vec p = all(1.32647273e-3f);
+    for (const float c : {9.67151273e-3f, 5.55073374e-2f, .240222421f, .693146978f, 1.f}) p = _mm512_fmadd_ps(p, r, all(c));
+    return _mm512_scalef_ps(p, n);
+}
+
 // Fill room.weights with e^((z - best) / temperature), 0 past the end, and room.masses with the sum of each group; return
 // the sum of all. Sums of few are kept in float, those of many in double.
-inline double weigh(const float *z, long n, float best, float temperature, DrawRoom &room) {
+inline double weigh(const float *z, long n, float best, double temperature, DrawRoom &room) {
+    const Vec scale = all(std::numbers::log2e / temperature);
     const long groups = (n + GROUP - 1) / GROUP;
     double total = 0;
     room.lines.resize(groups * GROUP / 16), room.masses.resize(groups);
     for (long g = 0; g < groups; g++) {
         Vec sum = _mm512_setzero_ps();
         for (long i = g * GROUP; i < (g + 1) * GROUP; i += 16) {
-            const Vec x = _mm512_div_ps(_mm512_sub_ps(logits_at(z, i, n), all(best)), all(temperature));
-            const Vec w = exponential(x);
+            const Vec w = power_of_two(_mm512_mul_ps(_mm512_sub_ps(logits_at(z, i, n), all(best)), scale));
             store(room.weights() + i, w), sum = _mm512_add_ps(sum, w);
         }
         total += room.masses[g] = _mm512_reduce_add_ps(sum);
@@ -138,66 +152,101 @@ inline long draw_weight(double u, double mass, DrawRoom &room) {
     return group * GROUP + place(room.weights() + group * GROUP, GROUP, target);
 }
 
+// A sum of floats, kept in double.
+struct Total {
+    __m512d low = _mm512_setzero_pd(), high = low;
+    void add(Vec x) {
+        low = _mm512_add_pd(low, _mm512_cvtps_pd(_mm512_castps512_ps256(x)));
+        high = _mm512_add_pd(high, _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)));
+    }
+    operator double() const { return _mm512_reduce_add_pd(_mm512_add_pd(low, high)); }
+};
+
 // What of n weights, whole groups, reaches `least`: how many, and their sum.
 struct Part { long count; double mass; };
 inline Part part_from(const float *w, long n, float least) {
-    Part part{};
-    __m512d low = _mm512_setzero_pd(), high = low;
+    long count = 0;
+    Total mass;
     for (long i = 0; i < n; i += GROUP) {
         Vec sum = _mm512_setzero_ps();
         for (long k = i; k < i + GROUP; k += 16) {
             const __mmask16 in = at_least(load(w + k), least);
-            sum = _mm512_add_ps(sum, _mm512_maskz_mov_ps(in, load(w + k))), part.count += __builtin_popcount(in);
+            sum = _mm512_add_ps(sum, _mm512_maskz_mov_ps(in, load(w + k))), count += __builtin_popcount(in);
         }
-        low = _mm512_add_pd(low, _mm512_cvtps_pd(_mm512_castps512_ps256(sum)));
-        high = _mm512_add_pd(high, _mm512_cvtps_pd(_mm512_extractf32x8_ps(sum, 1)));
+        mass.add(sum);
     }
-    part.mass = _mm512_reduce_add_pd(_mm512_add_pd(low, high));
-    return part;
+    return {count, mass};
 }
 
 // Keep of n weights, whole groups, those from `least` to below `limit`, in their order and filled up with zeros to whole
-// groups; `to` may be `w`. Return their number.
-inline long keep_between(const float *w, long n, float least, float limit, float *to) {
+// groups; `to` may be `w`. Return how many and their sum, how many there are with the zeros, and the sum above them.
+struct Kept { long count, size; double mass, above; };
+inline Kept keep_between(const float *w, long n, float least, float limit, float *to) {
     long kept = 0;
-    for (long i = 0; i < n; i += 16) {
-        const Vec x = load(w + i);
-        const __mmask16 in = at_least(x, least) & _mm512_cmp_ps_mask(x, all(limit), _CMP_LT_OQ);
-        store(to + kept, _mm512_maskz_compress_ps(in, x)), kept += __builtin_popcount(in);
+    Total mass, above;
+    for (long i = 0; i < n; i += GROUP) {
+        Vec within = _mm512_setzero_ps(), beyond = within;
+        for (long k = i; k < i + GROUP; k += 16) {
+            const Vec x = load(w + k);
+            const __mmask16 over = at_least(x, limit), in = at_least(x, least) & ~over;
+            within = _mm512_add_ps(within, _mm512_maskz_mov_ps(in, x));
+            beyond = _mm512_add_ps(beyond, _mm512_maskz_mov_ps(over, x));
+            store(to + kept, _mm512_maskz_compress_ps(in, x)), kept += __builtin_popcount(in);
+        }
+        mass.add(within), above.add(beyond);
     }
-    std::fill(to + kept, to + (kept + GROUP - 1) / GROUP * GROUP, 0.f);
-    return kept;
+    const long size = (kept + GROUP - 1) / GROUP * GROUP;
+    std::fill(to + kept, to + size, 0.f);
+    return {kept, size, mass, above};
 }
 
 struct Border { float least; long ties; };  // weights above `least` stay, and the first `ties` of its equals
 
-// Find where the falling weights of a row reach `goal`, at `low` or above it: halves the weights in question by their
-// bits, which are in the order of the weights, and drops what is settled as soon as that is half.
-inline Border border(double goal, float low, DrawRoom &room) {
+// Find where the falling ones of n weights, whole groups, reach `goal`, which is from `low` to `high`: halves the weights
+// in question by their bits, which are in the order of the weights, and drops what is settled as soon as that is half.
+inline Border border(const float *w, long n, double goal, float low, float high, DrawRoom &room) {
     constexpr auto value = [](uint32_t bits) { return std::bit_cast<float>(bits); };
-    uint32_t least = std::bit_cast<uint32_t>(low), limit = std::bit_cast<uint32_t>(1.f) + 1;
-    const float *w = room.weights();
-    long size = room.size(), count = size;  // of w, and at most so many reach `least`
-    Part above{};                           // what of w reaches `limit`
-    double before = 0;                      // the mass of greater ones that were dropped
-    room.some.resize(room.lines.size());
+    uint32_t least = std::bit_cast<uint32_t>(low), limit = std::bit_cast<uint32_t>(high) + 1;
+    long count = n, above = 0;  // of w at most so many reach `least`, and so many reach `limit`
+    double before = 0;          // the mass of greater ones that were dropped
+    float *some = room.some[0].at;
     const auto narrow = [&] {
-        count = keep_between(w, size, value(least), value(limit), room.some[0].at);
-        w = room.some[0].at, size = (count + GROUP - 1) / GROUP * GROUP, before += above.mass, above = {};
+        const Kept kept = keep_between(w, n, value(least), value(limit), some);
+        w = some, n = kept.size, count = kept.count, above = 0, before += kept.above;
     };
-    while (limit - least > 1 && count - above.count > FEW_LEFT) {
-        if (2 * (count - above.count) <= size) narrow();
+    while (limit - least > 1 && count - above > FEW_LEFT) {
+        if (2 * (count - above) <= n) narrow();
         const uint32_t middle = least + (limit - least) / 2;
-        const Part part = part_from(w, size, value(middle));
+        const Part part = part_from(w, n, value(middle));
         if (before + part.mass >= goal) least = middle, count = part.count;
-        else limit = middle, above = part;
+        else limit = middle, above = part.count;
     }
     narrow();
-    if (limit - least > 1) std::sort(room.some[0].at, room.some[0].at + count, std::greater<>());  // else all are equal
+    if (limit - least > 1) std::sort(some, some + count, std::greater<>());  // else all are equal
     Border found{value(least), 0};
     for (long i = 0; i < count && before < goal; before += w[i++])
         found = {w[i], i && w[i] == found.least ? found.ties + 1 : 1};
     return found;
+}
+
+// Find where the falling weights of a row reach the part top_p of their sum `mass`: among those around where a sample does
+// if the distribution is flat, else, or if it is not there, among all.
+inline Border reach(double top_p, double mass, DrawRoom &room) {
+    const double goal = std::max(top_p * mass, 1e-9);        // the greatest always stays
+    const float low = (1 - top_p) * mass / room.size() / 2;  // all below are less than half of what may be cut
+    room.some.resize(room.lines.size());
+    if (mass * GROUP > room.size()) {
+        double part = 0;
+        room.sample.clear();
+        for (long g = 0; g < (long)room.masses.size(); part += room.masses[g], g += SAMPLE)
+            room.sample.insert(room.sample.end(), room.weights() + g * GROUP, room.weights() + (g + 1) * GROUP);
+        const float guess = border(room.sample.data(), room.sample.size(), top_p * part, low, 1, room).least;
+        const float from = guess / AROUND, to = guess * AROUND;
+        const Kept kept = keep_between(room.weights(), room.size(), from, to, room.some[0].at);
+        if (kept.above < goal && kept.above + kept.mass >= goal)
+            return border(room.some[0].at, kept.size, goal - kept.above, from, to, room);
+    }
+    return border(room.weights(), room.size(), goal, low, 1, room);
 }
 
 // Put the weights of a row beyond the border at 0; return the mass of the rest.
@@ -226,9 +275,7 @@ inline long draw_any(const float *z, long n, const Knobs &knobs, DrawRoom &room)
     if (!std::isfinite(mass)) return UNSOUND;  // one is NaN
     Border least{(float)knobs.min_p, n};
     if (knobs.top_p < 1) {
-        // weights below this are less than half of what may be cut, all together
-        const double low = (1 - knobs.top_p) * mass / n / 2;
-        const Border found = border(std::max(knobs.top_p * mass, 1e-9), low, room);  // the greatest always stays
+        const Border found = reach(knobs.top_p, mass, room);
         if (found.least >= least.least) least = found;
     }
     if (least.least > 0) mass = cut(least, room);
