@@ -26,7 +26,7 @@ from inference.runner import Begin, Knobs, Scored, check_copy, check_slot
 from inference.speculation import ROWS
 from model import GPTConfig
 
-VERSION = 10  # as in step.cpp
+VERSION = 11  # as in step.cpp
 GREATEST_WIDTH = 16384  # beyond it int8 sums could leave 32 bits
 
 _P, _L = ctypes.c_void_p, ctypes.c_long
@@ -46,7 +46,7 @@ def _load() -> ctypes.CDLL:
     lib.step_begin.argtypes, lib.step_begin.restype = [_P, _L, _P, _P, _P, _L, *[_P] * 3], _L
     lib.step_join.argtypes, lib.step_join.restype = [_P], None
     lib.step_draw.argtypes, lib.step_draw.restype = [_P, _L, _P, _L, _L, *[_P] * 4], ctypes.c_bool
-    lib.step_logprobs.argtypes, lib.step_logprobs.restype = [_P, _L, _P, _L, _L, *[_P] * 3, _L, _P, _P], None
+    lib.step_logprobs.argtypes, lib.step_logprobs.restype = [_P, _L, _P, _L, _L, *[_P] * 3, _L, *[_P] * 3], None
     if not lib.step_agrees(VERSION, ctypes.sizeof(Model)):
         raise CannotBuild(f"{path} has another version of the interface")
     return lib
@@ -192,14 +192,11 @@ class NativeRunner:
         if count and not (0 <= min(ids) and max(ids) < logits.size(1) and 0 <= min(tops) and most <= logits.size(1)):
             raise ValueError(f"ids are {list(ids)} and tops {list(tops)}; a row has {logits.size(1)} logits")
         at, given, tells = array("q", rows), array("q", ids), array("q", tops)
-        values, places = array("d", bytes(8 * count * (1 + most))), array("q", bytes(8 * count * most))
-        to = (_address(given), _address(tells), most, _address(values), _address(places))
+        own, values, places = array("d", bytes(8 * count)), *(array(c, bytes(8 * count * most)) for c in "dq")
+        to = (_address(given), _address(tells), most, _address(own), _address(values), _address(places))
         self._lib.step_logprobs(self._step, *_lie(logits, at), *to)
-        found: list[Scored] = []
-        for i, top in enumerate(tops):
-            own, *others = values[i * (1 + most) : i * (1 + most) + 1 + top]
-            found.append((own, tuple(zip(places[i * most : i * most + top], others, strict=True))))
-        return found
+        pairs = tuple(zip(places, values, strict=True))
+        return [(own[i], pairs[i * most : i * most + top]) for i, top in enumerate(tops)]
 
     def _check(self, logits: Tensor, rows: Sequence[int], *entries: Sequence[object]) -> None:
         """Raise ValueError unless there are such rows, and `entries` have one for each of them."""

@@ -8,7 +8,7 @@ is laid out by falling probability where there is top_k, else by id.
 
 A row has 50 000 logits, so passes over it are what costs. One pass takes the greatest logit of each
 group of 64 neighbours; whatever needs the largest logits then looks into few groups. A runner that draws
-itself (native/draw.h) needs 0.2 to 0.45 ms for 16 rows instead of 1.6 to 20.
+itself (native/draw.h) needs 0.2 to 0.4 ms for 16 rows instead of 1.6 to 20.
 
 Letters: n rows, V vocabulary, G groups, w candidates.
 """

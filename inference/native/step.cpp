@@ -9,7 +9,7 @@
 #include "rows.h"
 #include "team.h"
 
-constexpr long VERSION = 10;  // of the structures and functions that inference/native_runner.py also knows
+constexpr long VERSION = 11;  // of the structures and functions that inference/native_runner.py also knows
 constexpr long ROWS = 512;   // rows computed at once; a longer step is cut into such parts, which changes no result
 constexpr long FEW = 2;      // so many rows are prepared by every thread for itself, which costs less than to meet
 
@@ -310,12 +310,12 @@ bool step_draw(Step *step, long count, const long *row, long width, long stride,
     return true;
 }
 
-// Find log-probabilities in each of `count` rows of logits: of id[i] and the top[i], at most `most`, most probable ones.
-// `values` has room for 1 + `most` of each, `ids` for `most`; see log_probabilities().
+// Find log-probabilities in each of `count` rows of logits: of id[i] to own[i], and of the top[i], at most `most`, most
+// probable ones to `values` and `ids`, which have room for `most` of each row; see log_probabilities().
 void step_logprobs(Step *step, long count, const long *row, long width, long stride, const float *logits, const long *id,
-                   const long *top, long most, double *values, long *ids) {
+                   const long *top, long most, double *own, double *values, long *ids) {
     step->after_rows(count, [=](long i, DrawRoom &room) {
-        log_probabilities(logits + row[i] * stride, width, id[i], top[i], values + i * (1 + most), ids + i * most, room);
+        own[i] = log_probabilities(logits + row[i] * stride, width, id[i], top[i], values + i * most, ids + i * most, room);
     });
 }
 #pragma GCC visibility pop
