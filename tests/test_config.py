@@ -169,13 +169,18 @@ def test_resume_takes_the_runs_own_config(tmp_path):
 @pytest.mark.parametrize(
     "argv",
     [["--max_iters", "5"], ["--dataset", "x", "--max_iters", "abc"], ["--config", "nowhere.json"]]
-    + [["--output_dir", "out/../x", "--init_from", "resume"], ["--config", "/dev/null"]],
+    + [["--output_dir", "out/../x", "--init_from", "resume"], ["--config", "/dev/null"], [], ["stdlib"]],
     ids=str,
 )
 def test_a_wrong_command_line_is_refused_in_a_sentence(argv, tmp_path):
     with pytest.raises((ConfigError, StorageError)) as refused:
         parse(argv, tmp_path)
     assert "\n" not in str(refused.value)
+
+
+def test_a_flag_that_is_not_there_is_refused_with_the_one_that_is_meant(tmp_path):
+    with pytest.raises(ConfigError, match=r"unknown argument .--max_iter=5.; did you mean --max_iters\?"):
+        parse(["--dataset", "x", "--max-iter=5"], tmp_path)
 
 
 def test_help_shows_every_field_with_its_default(tmp_path, capsys):

@@ -10,6 +10,7 @@ then checked by TrainConfig, like any other.
 
 import argparse
 import contextlib
+import difflib
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ def _help(name: str) -> str:
 def _parser(root: Path) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "train.py",
+        usage="train.py --dataset NAME [--FIELD VALUE ...]; all fields: train.py --help",
         description="Train or fine-tune a GPT. What is left out comes from the preset that model_type names.",
         epilog="Under torchrun each process takes its share of the batch: torchrun --nproc_per_node 2 train.py …",
         allow_abbrev=False,
@@ -77,19 +79,30 @@ def _read(file: Path) -> dict[str, Any]:
     return fields
 
 
+def _not_known(part: str) -> ConfigError:
+    """Return the refusal of what is no flag, with the flag that is spelled most like it."""
+    near = difflib.get_close_matches(part.partition("=")[0], [f"--{name}" for name in TrainConfig.model_fields], n=1)
+    return ConfigError(f"unknown argument {part[:60]!r}; " + (f"did you mean {near[0]}?" if near else "see --help"))
+
+
 def parse(argv: list[str], root: Path) -> tuple[TrainConfig, Workspace]:
     """Return config and workspace, in `root` unless told otherwise. Raises ConfigError.
 
-    argparse itself ends the process for --help and unknown flags.
+    argparse itself ends the process for --help and for a flag without its value.
     """
-    given = vars(_parser(root).parse_args([_with_underscores(part) for part in argv]))
+    found, unknown = _parser(root).parse_known_args([_with_underscores(part) for part in argv])
+    if unknown:
+        raise _not_known(unknown[0])
+    given = vars(found)
     file, folder, pretrained_dir = given.pop("config"), given.pop("root"), given.pop("pretrained_dir")
     flags = {name: _value(name, text) for name, text in given.items()}
     if file is None and flags.get("init_from") == "resume":
         file = Workspace(folder).run_from_output_dir(flags.get("output_dir")).config
     fields = {} if file is None else _read(file)
     fields |= flags
-    if fields.get("output_dir") is None and fields.get("dataset") is not None:
+    if fields.get("output_dir") is None:
+        if fields.get("dataset") is None:
+            raise ConfigError("dataset is required")
         model = fields.get("model_type") or fields.get("init_from") or "nano"
         fields["output_dir"] = f"out/{fields['dataset']}-{model}"
     return TrainConfig.parse(fields), Workspace(folder.resolve(), pretrained_dir)
