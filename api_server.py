@@ -222,13 +222,14 @@ def open_workspace(settings: Settings) -> Workspace:
     return Workspace(settings.root.resolve(), settings.pretrained_dir, registered)
 
 
-def banner(host: str, port: int) -> str:
+def banner(host: str, port: int, needs_key: bool) -> str:
     """Return what the server says when it listens."""
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    head = "-H 'Content-Type: application/json'" + " -H 'Authorization: Bearer KEY'" * needs_key
     return f"""{TITLE} at {url}
   web page        {url}/
   documentation   {url}/docs
-  try it          curl -s {url}/api/generate -H 'Content-Type: application/json' -d '{{"prompt": "Once upon a time"}}'
+  try it          curl -s {url}/api/generate {head} -d '{{"prompt": "Once upon a time"}}'
 """
 
 
@@ -241,7 +242,7 @@ def serve(settings: Settings) -> None:
     check_model(settings, workspace)
     listener = claim(settings, workspace)
     logs.configure(settings.log_format, settings.log_level)
-    text = banner(*listener.getsockname()[:2])
+    text = banner(*listener.getsockname()[:2], needs_key=bool(settings.keys))
     Server(settings, listener, lambda: build(settings, workspace), lambda: print(text, flush=True)).run()
 
 

@@ -20,7 +20,7 @@ import pytest
 import requests
 from live_server import LONG, PATIENCE, ROOT, Process, alive, make_root, raw, request_of, until
 
-from api_server import main
+from api_server import banner, main
 from web.settings import SETTINGS
 
 
@@ -121,8 +121,10 @@ def test_help_names_every_setting(capsys):
 
 
 def test_the_banner_has_what_a_newcomer_needs(server):
-    banner = "".join(server.lines)
-    assert f"{server.url}/docs" in banner and f"curl -s {server.url}/api/generate" in banner
+    said = "".join(server.lines)
+    assert f"{server.url}/docs" in said and f"curl -s {server.url}/api/generate" in said
+    assert "Authorization" not in said
+    assert "-H 'Authorization: Bearer KEY' -d" in banner("0.0.0.0", 5000, needs_key=True)
 
 
 @pytest.mark.parametrize("how", [{"seed": 5}, {"temperature": 0, "max_new_tokens": 120}], ids=["seeded", "greedy"])
