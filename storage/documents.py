@@ -29,7 +29,9 @@ READ_BYTES = 2**20
 MAX_LINE_BYTES = 64 * 2**20
 MAX_PIECE = 4 * 2**20  # characters; only text without any space or line end is cut elsewhere than between words
 COUNTED_BYTES = 32 * 2**20  # of files up to this size the lines are counted for a listing
-NOT_UTF8 = "not UTF-8 text at byte {}; of another encoding it can be uploaded with that encoding named"
+NOT_UTF8 = (
+    "not UTF-8 text at byte {}; if it has another encoding, upload it as a dataset with `encoding`, such as latin-1"
+)
 BINARY = {b"\x1f\x8b": "a gzip archive", b"PK\x03\x04": "a zip archive", b"PAR1": "a Parquet file"}
 
 

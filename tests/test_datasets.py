@@ -729,7 +729,7 @@ def test_a_folder_with_nothing_to_train_on_is_refused(workspace):
 def test_text_smaller_than_a_block_is_refused_by_check(workspace):
     source = make(workspace, "a", text_txt="hello")
     source.check("gpt2")
-    with pytest.raises(NotLoadable, match="5 bytes of text, too little for block_size 64"):
+    with pytest.raises(NotLoadable, match="5 bytes of text, too little for block_size 64; lower"):
         source.check("gpt2", 64)
 
 
@@ -878,7 +878,7 @@ def test_other_kinds_of_files_are_refused(workspace, filename):
         ("a.txt", b"\x1f\x8b\x08\0\0", "gzip archive"),
         ("a.jsonl", b"PK\x03\x04xx", "zip archive"),
         ("a.txt", b"a\0b", "NUL byte"),
-        ("a.txt", b"a\xffb", "^file is not UTF-8 text at byte 1; of another encoding it can be uploaded"),
+        ("a.txt", b"a\xffb", "^file is not UTF-8 text at byte 1; if it has another encoding, upload it"),
         ("a.txt", b"", "no text"),
         ("a.jsonl", b"\n\n", "no text"),
         ("a.jsonl", b'{"text": "a"}\nnot json\n', "^file line 2 cannot be used: it is not JSON"),
