@@ -114,6 +114,13 @@ def test_a_run_learns_and_leaves_everything_in_its_folder(place, capsys):
     assert "48/48  loss" in capsys.readouterr().out
 
 
+def test_a_little_text_is_enough_to_validate_on(place):
+    (place.workspace.data / "sums" / "sums.txt").write_text(TEXT[:300])
+    assert place.train("a", block_size=64) == 0
+    assert "val_loss" in metrics.last(place.run("a").metrics)
+    assert place.train("b", block_size=290) == 2, "and not enough to train on"
+
+
 def test_the_checkpoint_loads_as_a_model_with_its_tokenizer_and_no_dataset(place):
     place.train("a")
     (place.workspace.data / "sums" / "sums.txt").unlink()

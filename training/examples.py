@@ -2,8 +2,8 @@
 
 Windows then begin where documents begin, so that a model sees a conversation as it will be asked: from its start.
 A document that a window cuts begins the next one; what is longer than a window goes on in it. The last document is
-followed by the first. Windows without a token to learn are left out, and no window is longer than the split: few
-examples are enough. Without a mask there are only windows.py's windows, and each token counts the same.
+followed by the first, and windows without a token to learn are left out. Without a mask there are only windows.py's
+windows, and each token counts the same. No window is longer than its split: a little text is enough to validate on.
 """
 
 from typing import Any
@@ -56,10 +56,9 @@ class ExampleOrder(WindowOrder):
 
 
 def order_of(tokens: Tokens, mask: Mask | None, length: int, seed: int) -> WindowOrder:
-    """Return the order of a split's windows. Raises ValueError if there is none."""
-    if mask is None:
-        return WindowOrder(len(tokens), length, seed)
-    return ExampleOrder(mask, min(length, len(mask) - 1), seed)
+    """Return the order of a split's windows, the split itself if it is shorter. Raises ValueError if there is none."""
+    length = min(length, len(tokens) - 1)
+    return WindowOrder(len(tokens), length, seed) if mask is None else ExampleOrder(mask, length, seed)
 
 
 def learned(mask: Mask, starts: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.bool_]:

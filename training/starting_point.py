@@ -99,10 +99,12 @@ def check_fit(config: TrainConfig, splits: Splits, shape: Any, world: int) -> No
     if splits.tokenizer.n_vocab > vocab_size:
         n, name = splits.tokenizer.n_vocab, splits.tokenizer.name
         raise ConfigError(f"the tokenizer {name} has {n} tokens, more than the model's vocabulary of {vocab_size}")
-    for name, tokens in (("train", splits.train), ("val", splits.val)):
-        if splits.train_mask is None and len(tokens) <= window:  # examples are trained on however few there are
-            least = f"a window of {window} needs {window + 1}; lower block_size or window, or add text"
-            raise ConfigError(f"{config.dataset} has {len(tokens)} tokens to {name} on, and {least}")
+    count = len(splits.train)
+    if count <= window and splits.train_mask is None:  # examples are learned however few there are
+        least = f"a window of {window} needs {window + 1}; lower block_size or window, or add text"
+        raise ConfigError(f"{config.dataset} has {count} tokens to train on, and {least}")
+    if len(splits.val) < 2:
+        raise ConfigError(f"{config.dataset} has {len(splits.val)} tokens to validate on, and 2 are needed; add text")
     size, steps = int(config.batch_size or 1), int(config.gradient_accumulation_steps or 1)
     if steps % world and size % world:
         raise ConfigError(f"batch_size is {size}; {world} processes need a multiple of {world} to share it")
