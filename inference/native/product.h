@@ -250,14 +250,15 @@ inline void interpret(const char *w, const Input &in, long i, const Ints (&sum)[
 }
 #endif
 
-// Memory that is read after a product: runs of `bytes` each, `offset` behind the addresses. The product fetches what lies
-// from `from` to `to` when the runs are thought of as one.
+// Memory that is read after some products: runs of `bytes` each, `offset` behind the addresses. Thought of as one, each
+// thread will read its share of it, of which it fetches, while it multiplies its share of panels, from eleventh `from` to `to`.
 struct Later {
     std::span<const char *const> addresses;
-    long offset = 0, bytes = 1, from = 0, to = 0;
+    long offset = 0, bytes = 1, threads = 1, from = 0, to = 0;
     Fetch part(long i, long n, long turns) const {
-        const long at = from + (to - from) * i / n;
-        return {addresses[at / bytes] + offset + at % bytes, std::min((to - from) / n / turns, 128L)};
+        const long share = (long)addresses.size() * bytes / threads, thread = threads * i / n;
+        const long at = share * thread + share * (from * n + (to - from) * (threads * i - thread * n)) / (11 * n);
+        return {addresses[at / bytes] + offset + at % bytes, std::min(share * threads * (to - from) / (11 * n * turns), 128L)};
     }
 };
 
@@ -275,7 +276,7 @@ void product(const Matrix &m, const Input &in, long panel, float *out, long stri
     for (long t = 0; t < n; t++) {
         const long first = in.first(t), end = in.first(t + 1), turns = t ? steps : steps * 128 / unpacked(KIND);
         const Fetch ahead = n > 1 ? Fetch{next + t * (next - w) / n, (next - w) / n / turns} : Fetch{w + (in.count > 4 ? FAR : NEAR), turn(KIND)};
-        const Fetch after = n > 1 && later.to > later.from ? later.part(panel * n + t, tiles, turns) : Fetch{nullptr, 0};
+        const Fetch after = n > 1 && !later.addresses.empty() ? later.part(panel * n + t, tiles, turns) : Fetch{nullptr, 0};
         const auto tile = (t ? TILES<AGAIN> : TILES<KIND>)[end - first - 1];
         tile(t && KIND == COMPACT ? room : w, steps, in.line<KIND>(first), rest, n > 1 ? room : nullptr, ahead, after, sum);
         for (long i = first; i < end; i++) {
