@@ -3,36 +3,19 @@
 // Weights W[rows][width] lie in panels of 32 rows, so that a thread reads one sequential stream:
 //   [rows/32][width/G][32][G] with G = 1 float, 2 bfloat16 or 4 bytes (q + 128, one scale for each row);
 //   bfloat16 mostly in 12 bits, see compact.h, from which the same registers are filled.
-// A step is 128 bytes: for 32 outputs, the 4 bytes that G neighbouring inputs meet. Activations lie in tiles of up to
-// 12 lines, [width/G][lines][G] in the same formats, so that they too are one stream, each read 32 times at once.
+// A step is 128 bytes: for 32 outputs, the 4 bytes that G neighbouring inputs meet.
 // The order of additions of an output is the same in every tile: a row's result never depends on the other rows.
 #pragma once
-#include <algorithm>
 #include <span>
 #include <type_traits>
 
+#include "activations.h"
 #include "compact.h"
 
-enum Kind : long { F32, BF16, INT8, COMPACT };  // of the weights; COMPACT: bfloat16 in 12 bits
 enum Then { STORE, ADD, GELU, GELU_NEW };  // what happens to a product: written, added to what is there, or through gelu
 
-constexpr long PANEL = 32, MOST = 12;  // 12 lines x 2 vectors are 24 of 32 registers: 14 loads for 24 products
+constexpr long PANEL = 32;  // rows that lie together
 constexpr long NEAR = 4096, FAR = 12288;  // bytes that the stream of weights is fetched ahead, see product()
-
-// Does the processor multiply this kind as it is stored? Otherwise weights are widened and multiplied as floats.
-#ifdef __AVX512BF16__
-constexpr bool BF16_PAIRS = true;
-#else
-constexpr bool BF16_PAIRS = false;
-#endif
-#ifdef __AVX512VNNI__
-constexpr bool INT8_QUADS = true;
-#else
-constexpr bool INT8_QUADS = false;
-#endif
-constexpr long group(long kind) { return kind == F32 ? 1 : kind == INT8 ? 4 : 2; }
-constexpr bool narrow(long kind) { return kind == F32 ? false : kind == INT8 ? INT8_QUADS : BF16_PAIRS; }
-constexpr long words(long kind) { return narrow(kind) ? 1 : group(kind); }  // 4-byte words of an activation line per step
 
 constexpr long turn(long kind) { return kind == COMPACT ? 192 : 128; }      // bytes that are multiplied at once ...
 constexpr long unpacked(long kind) { return kind == COMPACT ? 256 : 128; }  // ... and what they would be in 16 bits
@@ -49,99 +32,6 @@ struct Matrix {
     }
 };
 
-// ---- activations -------------------------------------------------------------------------------------------------
-// Per-line quantisation to 8 bits loses the line to its few largest values, as trained models have them. So values far
-// out (beyond 4 times the others' root mean square) are left out of the line and multiplied apart, step by step.
-struct Far {
-    int32_t step, digits;  // four bytes, most of them 0
-};
-struct Input {
-    int32_t *data;
-    float *scale, *far_scale;      // int8: of each line, and of its far values
-    int32_t *offset, *far_offset;  // 128 x the sum of the quantised values, which the + 128 in the weights adds
-    int32_t *far_count;
-    Far *far;  // room for width / 16 of each line
-    long count, width;
-    long tiles() const { return (count + MOST - 1) / MOST; }
-    long first(long tile) const { return count * tile / tiles(); }
-    template <int KIND> int32_t *line(long i) const { return data + i * (width / group(KIND)) * words(KIND); }
-    Far *far_of(long i) const { return far + i * (width / 16); }
-};
-
-// The value beyond which a value is far: 4 times the root mean square of those that are not far themselves.
-// At most width / 16 values are: by Chebyshev for 4 times the mean of all, which is taken if the closer bound has more.
-inline float far_bound(const float *x, long width) {
-    Vec square = _mm512_setzero_ps(), top = square;
-    for (long i = 0; i < width; i += 16) {
-        const Vec v = load(x + i);
-        square = _mm512_fmadd_ps(v, v, square);
-        top = _mm512_max_ps(top, _mm512_abs_ps(v));
-    }
-    const float most = _mm512_reduce_max_ps(top), wide = 4 * std::sqrt(_mm512_reduce_add_ps(square) / width);
-    if (!std::isfinite(wide)) return NAN;  // and so are the products
-    if (most <= wide) return most;
-    long near = 0, far = 0;
-    square = _mm512_setzero_ps();
-    for (long i = 0; i < width; i += 16) {
-        const Vec v = load(x + i);
-        const __mmask16 in = _mm512_cmp_ps_mask(_mm512_abs_ps(v), all(wide), _CMP_LE_OQ);
-        square = _mm512_mask3_fmadd_ps(v, v, square, in);
-        near += __builtin_popcount(in);
-    }
-    const float close = 4 * std::sqrt(_mm512_reduce_add_ps(square) / near);
-    for (long i = 0; i < width; i += 16)
-        far += __builtin_popcount(_mm512_cmp_ps_mask(_mm512_abs_ps(load(x + i)), all(close), _CMP_GT_OQ));
-    return far <= width / 16 ? close : wide;
-}
-
-// Write x as line i of `in`, one of `lines` in its tile, beginning at `to`.
-inline void quantise(const Input &in, long i, const float *x, int32_t *to, long lines) {
-    const float bound = far_bound(x, in.width), scale = bound / 127, inverse = bound > 0 ? 127 / bound : 0;
-    float most = 0;
-    Far *far = in.far_of(i);
-    long count = 0, far_sum = 0;
-    __m512i sum = _mm512_setzero_si512();
-    for (long k = 0; k < in.width; k += 16) {
-        const Vec v = load(x + k);
-        const __mmask16 near = _mm512_cmp_ps_mask(_mm512_abs_ps(v), all(bound), _CMP_LE_OQ);  // none if bound is NaN
-        const __mmask16 out = _mm512_cmp_ps_mask(_mm512_abs_ps(v), all(bound), _CMP_GT_OQ);
-        const __m512i q = _mm512_maskz_cvtps_epi32(near, _mm512_mul_ps(v, all(inverse)));
-        sum = _mm512_add_epi32(sum, q);
-        alignas(16) int32_t quads[4];
-        _mm_store_si128((__m128i *)quads, _mm512_cvtepi32_epi8(q));
-        for (int j = 0; j < 4; j++) to[(k / 4 + j) * lines] = quads[j];
-        for (unsigned left = out; left; left &= left - 1) {
-            const long at = k + __builtin_ctz(left);
-            most = std::max(most, std::fabs(x[at]));
-            far[count++] = {(int32_t)at, 0};
-        }
-    }
-    for (long j = 0; j < count; j++) {
-        const long at = far[j].step, digit = std::lround(x[at] * (127 / most));
-        far[j] = {(int32_t)(at / 4), (int32_t)((uint32_t)(uint8_t)digit << 8 * (at % 4))};
-        far_sum += digit;
-    }
-    in.scale[i] = scale, in.far_scale[i] = most / 127, in.far_count[i] = (int32_t)count;
-    in.offset[i] = 128 * _mm512_reduce_add_epi32(sum), in.far_offset[i] = (int32_t)(128 * far_sum);
-}
-
-template <int KIND> void write_line(const Input &in, long i, const float *x) {
-    const long tile = ((i + 1) * in.tiles() - 1) / in.count, first = in.first(tile), lines = in.first(tile + 1) - first;
-    int32_t *to = in.line<KIND>(first) + (i - first);
-    if constexpr (KIND == INT8 && INT8_QUADS) quantise(in, i, x, to, lines);
-#ifdef __AVX512BF16__
-    else if constexpr (group(KIND) == 2)
-        for (long k = 0; k < in.width; k += 16) {
-            alignas(32) int32_t pairs[8];
-            _mm256_store_si256((__m256i *)pairs, (__m256i)_mm512_cvtneps_pbh(load(x + k)));
-            for (int j = 0; j < 8; j++) to[(k / 2 + j) * lines] = pairs[j];
-        }
-#endif
-    else
-        for (long k = 0; k < in.width; k++) std::memcpy(to + k * lines, x + k, 4);
-}
-
-// ---- kernels -----------------------------------------------------------------------------------------------------
 // The g-th of a group of weights as floats, for processors that do not multiply the kind as it is stored.
 template <int KIND> inline Vec widen(__m512i v, int g) {
     if (KIND == F32) return (Vec)v;
@@ -262,12 +152,20 @@ struct Later {
     }
 };
 
-// One panel's 32 outputs for every line of `in`: out[line][panel * 32 ...], `stride` floats from line to line.
+// Where a product goes, `stride` floats from line to line; or, if `next` is given, to the activations of the next product.
+struct Output {
+    float *at;
+    long stride;
+    Then then;
+    const Input *next = nullptr;
+};
+
+// One panel's 32 outputs for every line of `in`.
 // Several tiles fetch the next panel between them, each its part, so that memory is never idle while they multiply
 // (13 % of a step of 16 rows), and with it `later`; a single tile of many lines fetches far ahead (20 % at 8 rows), of few
 // it need not. Only the first tile unpacks a compact panel, into `room`.
 template <int KIND>
-void product(const Matrix &m, const Input &in, long panel, float *out, long stride, Then then, char *room, const Later &later) {
+void product(const Matrix &m, const Input &in, long panel, const Output &out, char *room, const Later &later) {
     constexpr int AGAIN = KIND == COMPACT ? BF16 : KIND;
     const char *w = m.panel<KIND>(panel), *next = m.panel<KIND>(panel + 1);
     const long steps = m.width / group(KIND), n = in.tiles(), tiles = m.rows / PANEL * n;
@@ -284,14 +182,18 @@ void product(const Matrix &m, const Input &in, long panel, float *out, long stri
             interpret(w, in, i, sum[i - first], v);
             for (int h = 0; h < 2; h++) {
                 const long n = panel * PANEL + 16 * h;
-                float *to = out + i * stride + n;
+                float *to = out.at + i * out.stride + n;
                 if (KIND == INT8) v[h] = _mm512_mul_ps(v[h], load(m.scale + n));
                 if (m.bias) v[h] = _mm512_add_ps(v[h], load(m.bias + n));
-                if (then == ADD) v[h] = _mm512_add_ps(v[h], load(to));
-                if (then == GELU) v[h] = gelu(v[h]);
-                if (then == GELU_NEW) v[h] = gelu_new(v[h]);
-                store(to, v[h]);
+                if (out.then == ADD) v[h] = _mm512_add_ps(v[h], load(to));
+                if (out.then == GELU) v[h] = gelu(v[h]);
+                if (out.then == GELU_NEW) v[h] = gelu_new(v[h]);
+                if (!alone(KIND) || !out.next) store(to, v[h]);
             }
+#ifdef __AVX512BF16__
+            if constexpr (alone(KIND))
+                if (out.next) put<KIND>(*out.next, first, end - first, i, panel * PANEL, v[0], v[1]);
+#endif
         }
     }
 }

@@ -27,11 +27,11 @@ struct Model {
 
 struct Own {  // of one thread
     InputRoom input;
-    Room<float> row, scores;
+    Room<float> rows, scores;  // of a tile's lines; of attention
     Room<char> panel;  // of bfloat16, unpacked
     DrawRoom room;
     Own(long width, long span, long kind)
-        : input(FEW, 4 * width), row(width), scores(NEIGHBOURS * span), panel(kind == COMPACT ? 4 * width * PANEL * 2 : 0) {}
+        : input(FEW, 4 * width), rows(MOST * width), scores(NEIGHBOURS * span), panel(kind == COMPACT ? 4 * width * PANEL * 2 : 0) {}
 };
 
 // What is done with each of `rows` rows of finished logits.
@@ -102,16 +102,15 @@ struct Step {
 
     // Activations of rows as products read them; row(i, room) gives the floats, in `room` or where they are.
     template <int KIND, class Row> Input prepare(Member &me, long count, long width, Row row) {
-        float *room = own[me.id]->row;
-        if (count <= FEW) {
-            const Input in = own[me.id]->input.input(count, width);
-            for (long i = 0; i < count && !me.skips(); i++) write_line<KIND>(in, i, row(i, room));
-            return in;
-        }
-        const Input in = shared.input(count, width);
-        me.each(in.tiles(), [&](long t) {
-            for (long i = in.first(t); i < in.first(t + 1); i++) write_line<KIND>(in, i, row(i, room));
-        });
+        const bool few = count <= FEW;
+        const Input in = (few ? own[me.id]->input : shared).input(count, width);
+        const auto write = [&](long tile) {
+            const float *rows[MOST];
+            for (long i = in.first(tile), n = 0; i < in.first(tile + 1); i++, n++) rows[n] = row(i, own[me.id]->rows + n * m.width);
+            write_tile<KIND>(in, tile, rows);
+        };
+        if (!few) me.each(in.tiles(), write);
+        else if (!me.skips()) write(0);
         return in;
     }
 
@@ -154,8 +153,8 @@ struct Step {
         const long C = m.width, stride = up_to(3 * C, PANEL);
         const Rows *rows = &all_rows;
         char *room = own[me.id]->panel;
-        const auto multiply = [&](const Matrix &w, const Input &in, float *out, long ld, Then then, const Later &later) {
-            me.each(w.rows / PANEL, [&](long panel) { product<KIND>(w, in, panel, out, ld, then, room, later); });
+        const auto multiply = [&](const Matrix &w, const Input &in, const Output &out, const Later &later) {
+            me.each(w.rows / PANEL, [&](long panel) { product<KIND>(w, in, panel, out, room, later); });
         };
         const auto normed = [&](const float *weight, const float *bias) {
             return [=, this](long i, float *room) { return norm(x + i * wide, weight, bias, room, C), room; };
@@ -170,7 +169,7 @@ struct Step {
             const Layer &L = m.layer[l];
             Input in = prepare<KIND>(me, rows->count(), C, normed(L.norm1, L.norm1_bias));
             me.each(L.qkv.rows / PANEL, [&](long panel) {
-                product<KIND>(L.qkv, in, panel, y, stride, STORE, room, cache_of(l, 8, 11));
+                product<KIND>(L.qkv, in, panel, {y, stride, STORE}, room, cache_of(l, 8, 11));
                 remember<E>(l, panel);
             });
             if (l == m.layers - 1) {  // the last layer's keys and values stand: other rows than the wanted end here
@@ -180,15 +179,22 @@ struct Step {
             }
             me.each(rows->pieces.size(), [&](long i) { attend_piece<E>(me, l, *rows, rows->pieces[i]); });
             in = prepare<KIND>(me, rows->count(), C, [&](long i, float *) { return y + i * stride; });
-            multiply(L.out, in, x, wide, ADD, {});
+            multiply(L.out, in, {x, wide, ADD}, {});
             in = prepare<KIND>(me, rows->count(), C, normed(L.norm2, L.norm2_bias));
-            multiply(L.up, in, h, 4 * C, m.gelu_new ? GELU_NEW : GELU, cache_of(l + 1, 0, 4));
-            in = prepare<KIND>(me, rows->count(), 4 * C, [&](long i, float *) { return h + i * 4 * C; });
-            multiply(L.down, in, x, wide, ADD, cache_of(l + 1, 4, 8));
+            const Then gelu = m.gelu_new ? GELU_NEW : GELU;
+            if constexpr (alone(KIND)) {
+                const Input inner{(int32_t *)h.at, {}, {}, {}, {}, {}, {}, rows->count(), 4 * C};
+                multiply(L.up, in, {nullptr, 0, gelu, &inner}, cache_of(l + 1, 0, 4));
+                in = inner;
+            } else {
+                multiply(L.up, in, {h, 4 * C, gelu}, cache_of(l + 1, 0, 4));
+                in = prepare<KIND>(me, rows->count(), 4 * C, [&](long i, float *) { return h + i * 4 * C; });
+            }
+            multiply(L.down, in, {x, wide, ADD}, cache_of(l + 1, 4, 8));
         }
         if (hidden) return me.each(rows->count(), [&](long i) { norm(x + i * wide, m.norm, m.norm_bias, hidden + i * C, C); });
         const Input in = prepare<KIND>(me, rows->count(), C, normed(m.norm, m.norm_bias));
-        multiply(m.head, in, logits, m.head.rows, STORE, {});
+        multiply(m.head, in, {logits, m.head.rows, STORE}, {});
         me.each(rows->count(), [&](long i) { best[i] = greatest(logits + i * m.head.rows, m.vocabulary); });
     }
 
