@@ -22,16 +22,13 @@ def weights(rows: int, width: int, seed: int = 0) -> Tensor:
 
 def expand(panels: Tensor, rest: Tensor, rows: int, width: int) -> Tensor:
     """Return the weights that compact.h describes, written down a second time."""
-    words = panels.view(torch.int16).int() & 0xFFFF
-    table, lines = words[:, :32], words[:, 32:].view(len(words), -1, 3, 32)
+    table, lines = panels[:, :16].int(), panels[:, 64:].int().view(len(panels), -1, 3, 64)
     vectors = []
     for i in range(4):
-        bits = lines[:, :, i // 2]
-        if i % 2:
-            bits = (bits & 0xFF) << 8 | bits >> 8
-        code = lines[:, :, 2] >> 4 * i & 15
-        vectors.append(bits & 0x807F | table.gather(1, code.flatten(1).long()).view_as(code))
-    every = torch.stack(vectors, 2).view(len(words), -1, 2, 2, 16, 2).permute(0, 3, 4, 1, 2, 5).reshape(rows, width)
+        code = lines[:, :, 2] >> 4 * (i // 2) & 15
+        bits = lines[:, :, i // 2] | table.gather(1, code.flatten(1).long()).view_as(code) << 8
+        vectors.append(bits.view(len(panels), -1, 4, 2, 8)[:, :, :, i % 2].flatten(2))
+    every = torch.stack(vectors, 2).view(len(panels), -1, 2, 2, 16, 2).permute(0, 3, 4, 1, 2, 5).reshape(rows, width)
     for panel, step, row, pair in rest.tolist():
         half = pair & 0xFFFF == 0
         every[32 * panel + row, 2 * step + half] = pair >> 16 * half & 0xFFFF

@@ -18,7 +18,11 @@ from inference.native.machine import cpu_flags
 
 HERE = Path(__file__).parent
 NEEDED = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c")  # without these the step cannot be built
-USEFUL = {"avx512_bf16": "-mavx512bf16", "avx512_vnni": "-mavx512vnni"}  # these make bf16 and int8 fast
+USEFUL = {  # these make bf16 and int8 fast
+    "avx512_bf16": "-mavx512bf16",
+    "avx512_vnni": "-mavx512vnni",
+    "avx512vbmi": "-mavx512vbmi",
+}
 FLAGS = (
     "-std=c++20",
     "-O3",

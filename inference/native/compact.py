@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 PANEL = 32  # rows that lie together
-CODES = 16  # exponents of a panel that have a code; 0 always has, the first
+CODES = 16  # high bytes of a panel's weights that have a code; 0 always has, the first
 MOST_REST = 0.01  # of a matrix's weights, where twice as many bytes would not be slower
 
 
@@ -22,23 +22,22 @@ def compact(weights: Tensor) -> tuple[Tensor, Tensor]:
     panels, units = len(weights) // PANEL, weights.shape[1] // 4
     bits = weights.contiguous().view(torch.int16).view(panels, 2, 16, units, 2, 2).permute(0, 3, 4, 1, 2, 5)
     bits = bits.reshape(panels, units, 4, 32)  # four vectors of 16 rows by 2 inputs
-    exponent = (bits >> 7 & 255).int()
-    of_panel = (exponent + 256 * torch.arange(panels, dtype=torch.int32).view(-1, 1, 1, 1)).flatten()
+    high = (bits >> 8 & 255).int()
+    of_panel = (high + 256 * torch.arange(panels, dtype=torch.int32).view(-1, 1, 1, 1)).flatten()
     counts = torch.bincount(of_panel, minlength=256 * panels).view(panels, 256)
     counts[:, 0] = bits.numel() + 1  # so that it is the first
     table = counts.topk(CODES, dim=1).indices
-    codes = torch.zeros(panels, 256, dtype=torch.int16)
-    codes.scatter_(1, table, torch.arange(CODES, dtype=torch.int16).expand(panels, -1))
+    codes = torch.zeros(panels, 256, dtype=torch.uint8)
+    codes.scatter_(1, table, torch.arange(CODES, dtype=torch.uint8).expand(panels, -1))
     code = codes.flatten().index_select(0, of_panel).view_as(bits)
-    apart = (code == 0) & (bits & 0x7FFF != 0)
+    apart = (code == 0) & (high != 0)
     rest = _rest(bits, apart)
-    bits = bits.masked_fill(apart, 0)
-    a, b = bits[:, :, 0::2], bits[:, :, 1::2]
-    lines = torch.empty(panels, units, 3, 32, dtype=torch.int16)
-    lines[:, :, :2] = a & ~0x7F80 | (b & 0x7F) << 8 | b >> 8 & 0x80
-    lines[:, :, 2] = code[:, :, 0] | code[:, :, 1] << 4 | code[:, :, 2] << 8 | code[:, :, 3] << 12
-    head = (table << 7).to(torch.int16).repeat(1, 2)
-    return torch.cat([head, lines.flatten(1)], 1).view(torch.uint8), rest
+    low = bits.masked_fill(apart, 0).to(torch.uint8)
+    low, code = (
+        part.view(panels, units, 2, 2, 4, 8).transpose(3, 4).reshape(panels, units, 2, 64) for part in (low, code)
+    )
+    lines = torch.cat([low, code[:, :, :1] | code[:, :, 1:] << 4], 2)
+    return torch.cat([table.to(torch.uint8).repeat(1, 4), lines.flatten(1)], 1), rest
 
 
 def _rest(bits: Tensor, apart: Tensor) -> Tensor:

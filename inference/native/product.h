@@ -59,10 +59,9 @@ struct Fetch {
 };
 
 // result[r] = a panel's 32 rows times line r, for the R lines of a tile. Fetches weights NEAR bytes ahead into the first
-// cache; tiles of more than a few lines have time for two other streams, compact ones of few for none. Of a compact panel
-// the unpacked form is kept in `copy` unless it is null.
+// cache; tiles of more than a few lines have time for two other streams, compact ones of few for none.
 template <int KIND, int R>
-void multiply(const char *w, long steps, const int32_t *a, std::span<const Rest> rest, char *copy, Fetch next, Fetch later,
+void multiply(const char *w, long steps, const int32_t *a, std::span<const Rest> rest, Fetch next, Fetch later,
               Sum<KIND> (*result)[2]) {
     Sum<KIND> sum[R][2];  // its own, so that it stays in registers
     for (auto &s : sum) s[0] = s[1] = Sum<KIND>{};
@@ -95,13 +94,11 @@ void multiply(const char *w, long steps, const int32_t *a, std::span<const Rest>
     const int32_t *first = a;
     _mm_prefetch(rest.data(), _MM_HINT_T0);
     if constexpr (KIND == COMPACT) {
-        const Exponents exponents(w);
+        const HighBytes high(w);
         w += 64;
         for (long i = 0; i < steps; i += 2) {
             __m512i four[4];
-            exponents.unpack(w, four);
-            if (copy)
-                for (int j = 0; j < 4; j++, copy += 64) _mm512_store_si512(copy, four[j]);
+            high.unpack(w, four);
             fetch();
             add_step(four[0], four[1]);
             add_step(four[2], four[3]);
@@ -163,20 +160,18 @@ struct Output {
 // One panel's 32 outputs for every line of `in`.
 // Several tiles fetch the next panel between them, each its part, so that memory is never idle while they multiply
 // (13 % of a step of 16 rows), and with it `later`; a single tile of many lines fetches far ahead (20 % at 8 rows), of few
-// it need not. Only the first tile unpacks a compact panel, into `room`.
+// it need not.
 template <int KIND>
-void product(const Matrix &m, const Input &in, long panel, const Output &out, char *room, const Later &later) {
-    constexpr int AGAIN = KIND == COMPACT ? BF16 : KIND;
+void product(const Matrix &m, const Input &in, long panel, const Output &out, const Later &later) {
     const char *w = m.panel<KIND>(panel), *next = m.panel<KIND>(panel + 1);
     const long steps = m.width / group(KIND), n = in.tiles(), tiles = m.rows / PANEL * n;
     const std::span<const Rest> rest = KIND == COMPACT ? m.rest_in(panel) : std::span<const Rest>{};
     Sum<KIND> sum[MOST][2];
     for (long t = 0; t < n; t++) {
-        const long first = in.first(t), end = in.first(t + 1), turns = t ? steps : steps * 128 / unpacked(KIND);
+        const long first = in.first(t), end = in.first(t + 1), turns = steps * 128 / unpacked(KIND);
         const Fetch ahead = n > 1 ? Fetch{next + t * (next - w) / n, (next - w) / n / turns} : Fetch{w + (in.count > 4 ? FAR : NEAR), turn(KIND)};
         const Fetch after = n > 1 && !later.addresses.empty() ? later.part(panel * n + t, tiles, turns) : Fetch{nullptr, 0};
-        const auto tile = (t ? TILES<AGAIN> : TILES<KIND>)[end - first - 1];
-        tile(t && KIND == COMPACT ? room : w, steps, in.line<KIND>(first), rest, n > 1 ? room : nullptr, ahead, after, sum);
+        TILES<KIND>[end - first - 1](w, steps, in.line<KIND>(first), rest, ahead, after, sum);
         for (long i = first; i < end; i++) {
             Vec v[2];
             interpret(w, in, i, sum[i - first], v);
@@ -203,12 +198,12 @@ template <int KIND> void read_row(const Matrix &m, long row, float *out) {
     constexpr long G = group(KIND);
     const char *w = m.panel<KIND>(row / PANEL);
     if constexpr (KIND == COMPACT) {
-        const Exponents exponents(w);
+        const HighBytes high(w);
         const long lane = row % PANEL / 16 * 32 + row % 16 * 2;  // of 64, its first
         for (long k = 0; k < m.width; k += 4) {
             __m512i four[4];
             alignas(64) uint16_t bits[128];
-            exponents.unpack(w + 64 + k * 48, four);
+            high.unpack(w + 64 + k * 48, four);
             for (int i = 0; i < 4; i++) _mm512_store_si512(bits + 32 * i, four[i]);
             for (int g = 0; g < 4; g++) {
                 const uint32_t wide = (uint32_t)bits[g / 2 * 64 + lane + g % 2] << 16;

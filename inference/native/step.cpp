@@ -28,10 +28,9 @@ struct Model {
 struct Own {  // of one thread
     InputRoom input;
     Room<float> rows, scores;  // of a tile's lines; of attention
-    Room<char> panel;  // of bfloat16, unpacked
     DrawRoom room;
-    Own(long width, long span, long kind)
-        : input(FEW, 4 * width), rows(MOST * width), scores(NEIGHBOURS * span), panel(kind == COMPACT ? 4 * width * PANEL * 2 : 0) {}
+    Own(long width, long span)
+        : input(FEW, 4 * width), rows(MOST * width), scores(NEIGHBOURS * span) {}
 };
 
 // What is done with each of `rows` rows of finished logits.
@@ -59,7 +58,7 @@ struct Step {
         : m(m), size(m.width / m.heads), span(up_to(m.block, BLOCK)), wide(up_to(m.width, PANEL)), x(ROWS * wide),
           y(ROWS * up_to(3 * m.width, PANEL)), h(ROWS * 4 * m.width), shared(ROWS, 4 * m.width),
           own(m.threads), team(m.threads, [this](Member &me) { work(me); }) {
-        for (auto &o : own) o = std::make_unique<Own>(m.width, span, m.kind);
+        for (auto &o : own) o = std::make_unique<Own>(m.width, span);
     }
 
     template <class E> Head<E> head_of(long layer, long slot, long head) const {
@@ -152,9 +151,8 @@ struct Step {
         using E = std::conditional_t<KIND == F32, float, Half>;
         const long C = m.width, stride = up_to(3 * C, PANEL);
         const Rows *rows = &all_rows;
-        char *room = own[me.id]->panel;
         const auto multiply = [&](const Matrix &w, const Input &in, const Output &out, const Later &later) {
-            me.each(w.rows / PANEL, [&](long panel) { product<KIND>(w, in, panel, out, room, later); });
+            me.each(w.rows / PANEL, [&](long panel) { product<KIND>(w, in, panel, out, later); });
         };
         const auto normed = [&](const float *weight, const float *bias) {
             return [=, this](long i, float *room) { return norm(x + i * wide, weight, bias, room, C), room; };
@@ -169,7 +167,7 @@ struct Step {
             const Layer &L = m.layer[l];
             Input in = prepare<KIND>(me, rows->count(), C, normed(L.norm1, L.norm1_bias));
             me.each(L.qkv.rows / PANEL, [&](long panel) {
-                product<KIND>(L.qkv, in, panel, {y, stride, STORE}, room, cache_of(l, 8, 11));
+                product<KIND>(L.qkv, in, panel, {y, stride, STORE}, cache_of(l, 8, 11));
                 remember<E>(l, panel);
             });
             if (l == m.layers - 1) {  // the last layer's keys and values stand: other rows than the wanted end here
