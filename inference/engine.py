@@ -274,6 +274,11 @@ class Engine:
         """Say whether no request has come in, and no other model wants the processor."""
         return self._inbox.empty() and sum(lane.busy for lane in self._pool.lanes()) <= 1
 
+    @property
+    def _busy(self) -> bool:
+        """Say whether any model has something to compute."""
+        return any(lane.busy for lane in self._pool.lanes())
+
     def _turn(self) -> None:
         self._live()
         self._take_inbox()
@@ -285,7 +290,7 @@ class Engine:
                 self._rate.add(tokens)
                 self._steps += 1
                 self._tokens += tokens
-            self.bell.ring()
+            self.bell.ring(spare=lane.begun or not self._busy)
         for lane in self._pool.closable():
             self._close_lane(lane)
 
@@ -300,7 +305,7 @@ class Engine:
 
     def _take_inbox(self) -> None:
         """Run the messages; with nothing to compute, wait for one until the next heartbeat is due."""
-        idle = not any(lane.busy for lane in self._pool.lanes()) and not self._pool.closable()
+        idle = not self._busy and not self._pool.closable()
         try:
             message = self._inbox.get(block=idle, timeout=IDLE_BEAT if idle else None)
             while True:

@@ -69,6 +69,11 @@ class Lane:
         """Say whether there is anything to compute."""
         return self.scheduler.busy
 
+    @property
+    def begun(self) -> bool:
+        """Say whether the next step is under way."""
+        return self._begun is not None
+
     def add(self, sequence: Sequence) -> None:
         """Take a sequence in; one that wants nothing ends at once."""
         self.scheduler.add(sequence)

@@ -12,7 +12,7 @@ import random
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -151,13 +151,20 @@ class Bell:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
+        self._listeners: list[Callable[[bool], None]] = []
         self.rung = 0  # how often
 
-    def ring(self) -> None:
-        """Wake all who wait."""
+    def listen(self, listener: Callable[[bool], None]) -> None:
+        """Have `listener` called by the thread that rings, with `spare`; it must neither wait nor raise."""
+        self._listeners.append(listener)
+
+    def ring(self, spare: bool = False) -> None:
+        """Wake all who wait, and tell all who listen whether this thread has time to spare."""
         with self._changed:
             self.rung += 1
             self._changed.notify_all()
+        for listener in self._listeners:
+            listener(spare)
 
     def wait(self, seen: int, timeout: float) -> None:
         """Wait until `rung` is not `seen`, at most `timeout` seconds. Read it before you look for events."""

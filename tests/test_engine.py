@@ -640,6 +640,16 @@ def test_torch_has_one_thread_beside_a_runner_that_has_its_own(fake: Callable[..
 # --- figures and the end ---
 
 
+@pytest.mark.parametrize(("begin", "spare"), [(None, False), (lambda *step: None, True)])
+def test_the_bell_tells_of_spare_time_while_a_step_is_under_way_and_when_nothing_is_to_do(fake, begin, spare):
+    bench, heard = fake(), []
+    bench.runners[0].begin = begin
+    bench.engine.bell.listen(lambda spare: heard.append((bench.engine.info()["running"], spare)))
+    drain(submit(bench, [1], greedy(4)))
+    until(lambda: (0, True) in heard)
+    assert {free for running, free in heard if running} == {spare}
+
+
 def test_a_request_can_be_asked_for_while_it_waits_runs_and_is_over(fake: Callable[..., Bench]) -> None:
     bench = fake(slots=1)
     bench.runners[0].gate.clear()

@@ -9,7 +9,7 @@ import pytest
 from live_server import until
 
 from inference.sequence import Bell
-from web.pump import Pump, looked_at, paced, written
+from web.pump import FEW, Pump, looked_at, paced, written
 from web.worker import ReplySender
 
 
@@ -19,12 +19,14 @@ class Source:
     def __init__(self) -> None:
         self.given: deque[str | Exception | None] = deque()
         self.asked_by: set[str] = set()
+        self.wait = lambda: None
 
     def __iter__(self):
         return self
 
     def __next__(self) -> str:
         self.asked_by.add(threading.current_thread().name)
+        self.wait()
         frame = self.given.popleft() if self.given else ""
         if isinstance(frame, Exception):
             raise frame
@@ -129,6 +131,46 @@ def test_a_stream_gets_a_moment_also_when_nothing_rings(reply):
     until(lambda: "pump" in quiet.source.asked_by)
     quiet.source.given.extend(["late", None])
     assert quiet.read() == b"late"
+
+
+@pytest.fixture
+def unasked(monkeypatch):
+    """Have the pump's thread look only when it is woken."""
+    monkeypatch.setattr("web.pump.LOOK", 60.0)
+
+
+def test_few_streams_are_written_by_who_rings_with_time_to_spare(unasked, bell, reply):
+    each = reply()
+    until(lambda: bell.ring(spare=True) or "MainThread" in each.source.asked_by)
+    each.source.given.extend(["few", None])
+    bell.ring(spare=True)
+    assert each.read() == b"few"
+
+
+@pytest.mark.parametrize(("count", "spare"), [(1, False), (FEW + 1, True)])
+def test_without_time_to_spare_or_for_many_the_pump_is_woken(unasked, bell, reply, count, spare):
+    replies = [reply() for _ in range(count)]
+    until(lambda: all(each.source.asked_by for each in replies))
+    for each in replies:
+        each.source.given.extend(["a", "", None])
+        each.source.asked_by.clear()
+    bell.ring(spare)
+    assert {each.client.recv(1) for each in replies} == {b"a"}
+    assert set().union(*(each.source.asked_by for each in replies)) == {"pump"}
+    bell.ring()
+    assert {each.read() for each in replies} == {b""}
+
+
+def test_who_rings_does_not_wait_for_the_pump(unasked, bell, reply):
+    each, asked, go_on = reply(), threading.Event(), threading.Event()
+    each.source.wait = lambda: asked.set() or go_on.wait(30)
+    bell.ring()
+    assert asked.wait(30)
+    each.source.given.extend(["late", None])
+    bell.ring(spare=True)
+    assert each.source.asked_by == {"pump"}
+    go_on.set()
+    assert each.read() == b"late"
 
 
 def test_what_is_only_looked_at_is_taken_in_to_its_end_or_failure_by_the_pump(pump):
