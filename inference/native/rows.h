@@ -1,5 +1,7 @@
 // What a step is about: its rows, the pieces of their attention, and room for their activations.
 #pragma once
+#include <sys/mman.h>
+
 #include <cstdlib>
 #include <vector>
 
@@ -8,11 +10,16 @@
 
 inline long up_to(long n, long multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// Scratch memory, aligned and freed with its owner.
+// Scratch memory, aligned and freed with its owner. In large pages if it is large: how small ones happen to lie in the caches
+// made the same step 3 % faster or slower.
 template <class T> struct Room {
+    static constexpr long LARGE = 1 << 21;
     T *at;
-    explicit Room(long n) : at((T *)std::aligned_alloc(64, up_to(std::max(n, 1L) * sizeof(T), 64))) {
+    explicit Room(long n) {
+        const long bytes = std::max<long>(n * sizeof(T), 64), unit = bytes < LARGE / 4 ? 64 : LARGE;
+        at = (T *)std::aligned_alloc(unit, up_to(bytes, unit));
         if (!at) throw std::bad_alloc();
+        if (unit == LARGE) madvise(at, up_to(bytes, unit), MADV_HUGEPAGE);
     }
     ~Room() { std::free(at); }
     Room(const Room &) = delete;
