@@ -16,7 +16,7 @@ from inference.backend import InferenceBackend
 from inference.sequence import Bell
 
 LOOK = 0.1  # seconds after which every stream gets a moment, also when nothing has come: to say so, or to be ended
-FEW = 16  # streams: beside steps of 1.5 ms, 128 of them got 25,000 tokens a second from the pump's thread, not 16,000
+FEW = 16  # streams: beside emulated steps of 1.5 ms, 128 got 25,000 tokens/s from the pump's thread, and else 16,000
 SENDER = "web.sender"  # in the WSGI environment: the Sender of this reply
 
 Frames = Iterator[str]  # gives "" whenever there is nothing to say yet; waits for nothing
