@@ -81,7 +81,7 @@ void multiply(const char *w, long steps, const int32_t *a, std::span<const Rest>
     };
     const auto fetch = [&] {
         for (long k = 0; k < turn(KIND); k += 64) _mm_prefetch(w + NEAR + k, _MM_HINT_T0);
-        if (R > 4 || KIND != COMPACT) {
+        if (R > 2 || KIND != COMPACT) {
             for (long k = 0; k < turn(KIND); k += 64) _mm_prefetch(next.at + k, _MM_HINT_T1);
             next.at += next.stride;
         }
@@ -159,8 +159,8 @@ struct Output {
 
 // One panel's 32 outputs for every line of `in`.
 // Several tiles fetch the next panel between them, each its part, so that memory is never idle while they multiply
-// (13 % of a step of 16 rows), and with it `later`; a single tile of many lines fetches far ahead (20 % at 8 rows), of few
-// it need not.
+// (13 % of a step of 16 rows), and with it `later`; a single tile of many lines fetches far ahead (20 % at 8 rows, 10 % at 4
+// in 12 bits), of few it need not.
 template <int KIND>
 void product(const Matrix &m, const Input &in, long panel, const Output &out, const Later &later) {
     const char *w = m.panel<KIND>(panel), *next = m.panel<KIND>(panel + 1);
@@ -169,7 +169,7 @@ void product(const Matrix &m, const Input &in, long panel, const Output &out, co
     Sum<KIND> sum[MOST][2];
     for (long t = 0; t < n; t++) {
         const long first = in.first(t), end = in.first(t + 1), turns = steps * 128 / unpacked(KIND);
-        const Fetch ahead = n > 1 ? Fetch{next + t * (next - w) / n, (next - w) / n / turns} : Fetch{w + (in.count > 4 ? FAR : NEAR), turn(KIND)};
+        const Fetch ahead = n > 1 ? Fetch{next + t * (next - w) / n, (next - w) / n / turns} : Fetch{w + (in.count > (KIND == COMPACT ? 2 : 4) ? FAR : NEAR), turn(KIND)};
         const Fetch after = n > 1 && !later.addresses.empty() ? later.part(panel * n + t, tiles, turns) : Fetch{nullptr, 0};
         TILES<KIND>[end - first - 1](w, steps, in.line<KIND>(first), rest, ahead, after, sum);
         for (long i = first; i < end; i++) {
