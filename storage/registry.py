@@ -72,7 +72,7 @@ def _by_type(workspace: Workspace, name: str) -> ModelReference:
 def _by_path(workspace: Workspace, value: str) -> ModelReference:
     parts = value.removesuffix("/").split("/")
     if not all(NAME.fullmatch(part) for part in parts):
-        raise BadName(f"model_path is {quoted(value)}; {PATH_RULE}")
+        raise BadName(f"model_path is not one that can be loaded; {PATH_RULE}")
     if parts[0] == "out" and 2 <= len(parts) <= 4:
         path = _locate(workspace.out, parts[1:], value)
         return ModelReference(_trained_id(path, workspace.out), _kind(path, "trained"), path, value)
@@ -82,7 +82,7 @@ def _by_path(workspace: Workspace, value: str) -> ModelReference:
     if len(parts) == 1 and parts[0] not in ("out", "models") and workspace.pretrained_dir is not None:
         path = _locate(workspace.pretrained_dir, parts, value)
         return ModelReference(value, "pretrained" if value in PRETRAINED else "folder", path, value)
-    raise BadName(f"model_path is {quoted(value)}; {PATH_RULE}")
+    raise BadName(f"model_path is not one that can be loaded; {PATH_RULE}")
 
 
 def _locate(root: Path, parts: Sequence[str], shown: str) -> Path:

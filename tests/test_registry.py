@@ -86,6 +86,15 @@ def test_what_is_no_text_is_refused_by_field(workspace, field, value):
         resolve(workspace, **{field: value})
 
 
+def test_paths_elsewhere_are_all_refused_in_the_same_words(workspace):
+    words = set()
+    for value in ("/etc/passwd", "/etc/none", "/proc/self/environ", "../out/x", "models"):
+        with pytest.raises(BadName) as refused:
+            resolve(workspace, model_path=value)
+        words.add(str(refused.value))
+    assert len(words) == 1  # they do not tell what is there, nor repeat what a log or a page would take for a leak
+
+
 @pytest.mark.parametrize(
     "value", ["gpt5", "gpt2:main", "http://169.254.169.254/gpt2", "g" * 5000, "evil/x", "\ud800", "run"]
 )
