@@ -5,7 +5,7 @@ import os
 import pytest
 
 from storage.errors import BadName, NotFound, NotLoadable, StorageError
-from storage.registry import BUNDLED, PRETRAINED, pretrained_names, resolve
+from storage.registry import BUNDLED, PATH_RULE, PRETRAINED, pretrained_names, resolve
 from storage.runs import Workspace
 
 
@@ -86,15 +86,6 @@ def test_what_is_no_text_is_refused_by_field(workspace, field, value):
         resolve(workspace, **{field: value})
 
 
-def test_paths_elsewhere_are_all_refused_in_the_same_words(workspace):
-    words = set()
-    for value in ("/etc/passwd", "/etc/none", "/proc/self/environ", "../out/x", "models"):
-        with pytest.raises(BadName) as refused:
-            resolve(workspace, model_path=value)
-        words.add(str(refused.value))
-    assert len(words) == 1  # they do not tell what is there, nor repeat what a log or a page would take for a leak
-
-
 @pytest.mark.parametrize(
     "value", ["gpt5", "gpt2:main", "http://169.254.169.254/gpt2", "g" * 5000, "evil/x", "\ud800", "run"]
 )
@@ -117,7 +108,7 @@ OUTSIDE = [
 def test_a_path_outside_gets_one_reply_whether_it_exists_or_not(workspace, value):
     with pytest.raises(BadName) as caught:
         resolve(Workspace(workspace.root), model_path=value)
-    assert "it must be out/<name>/ckpt.pt, out/<name>, models/<name>" in str(caught.value)
+    assert str(caught.value) == f"model_path is not one that can be loaded; {PATH_RULE}"  # nor is it repeated
 
 
 def test_refusals_name_no_folder_of_the_machine(workspace):
