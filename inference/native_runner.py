@@ -4,7 +4,7 @@ Satisfies runner.ModelRunner. Rows do not depend on each other: a row's logits a
 step, prefilled in one piece or token by token, on any number of threads. What each dtype does:
 fp32: everything in float32. bf16: weights and the activations they meet in bfloat16, sums in float32, cache in
 half precision; the weights are kept in 12 bits without loss (native/compact.py). int8: weights in 8 bits with a scale
-per row, activations in 8 bits with a scale per row of the step and far values apart (product.h), cache in half
+per row, activations in 8 bits with a scale per row of the step and far values apart (activations.h), cache in half
 precision.
 """
 

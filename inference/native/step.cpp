@@ -1,7 +1,8 @@
 // A GPT-2 forward pass over ragged rows in one call: prefill, decode and any mix of the two.
 //
-// Read it after team.h (threads), vector.h (maths), product.h (matrices), attention.h (the cache) and rows.h. What a row computes
-// is the same alone or in any step, on any number of threads, bit for bit: only the sharing out of work differs.
+// Read it after team.h (threads), vector.h (maths), activations.h and product.h (matrices), attention.h (the cache) and
+// rows.h. What a row computes is the same alone or in any step, on any number of threads, bit for bit: only the sharing out
+// of work differs.
 // Plain C interface at the end, for ctypes. No global state; weights and cache belong to the caller.
 #include "attention.h"
 #include "logprobs.h"
