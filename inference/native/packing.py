@@ -1,7 +1,7 @@
 """Pack a GPT's weights into what the native step reads: its structures, its memory, and the formats of its matrices.
 
 A model is packed weight by weight: of one that is still in its files only one is in memory unpacked. bf16 is kept in
-12 bits (compact.py), unless a matrix has too many exponents for them: then all of the model is kept in 16.
+12 bits (compact.py), unless the weights of a matrix spread too far for them: then all of the model is kept in 16.
 """
 
 import ctypes
@@ -120,7 +120,7 @@ def packed_bytes(config: GPTConfig, kind: int) -> int:
 
 
 class _Spread(Exception):
-    """Too many weights of a matrix have an exponent without a code: 12 bits would be slower than 16."""
+    """Too many weights of a matrix have a high byte without a code: 12 bits would be slower than 16."""
 
 
 class Packer:

@@ -11,8 +11,8 @@
 #include "team.h"
 
 constexpr long VERSION = 11;  // of the structures and functions that inference/native_runner.py also knows
-constexpr long ROWS = 512;   // rows computed at once; a longer step is cut into such parts, which changes no result
-constexpr long FEW = 2;      // so many rows are prepared by every thread for itself, which costs less than to meet
+constexpr long ROWS = 512;    // rows computed at once; a longer step is cut into such parts, which changes no result
+constexpr long FEW = 2;       // so many rows are prepared by every thread for itself, which costs less than to meet
 
 struct Layer {
     const float *norm1, *norm1_bias, *norm2, *norm2_bias;  // biases may be null
@@ -30,8 +30,7 @@ struct Own {  // of one thread
     InputRoom input;
     Room<float> rows, scores;  // of a tile's lines; of attention
     DrawRoom room;
-    Own(long width, long span)
-        : input(FEW, 4 * width), rows(MOST * width), scores(NEIGHBOURS * span) {}
+    Own(long width, long span) : input(FEW, 4 * width), rows(MOST * width), scores(NEIGHBOURS * span) {}
 };
 
 // What is done with each of `rows` rows of finished logits.
