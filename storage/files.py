@@ -112,16 +112,19 @@ def open_regular(root: Path, parts: Sequence[str]) -> int:
         return open_descriptor(parts[-1], folder)
 
 
-def _opened(name: str | Path, folder: int | None = None, follow: bool = False) -> tuple[int, os.stat_result]:
+def _opened(
+    name: str | Path, folder: int | None = None, follow: bool = False, shown: str | None = None
+) -> tuple[int, os.stat_result]:
     """Open a regular file, as open_descriptor does; return its descriptor and what is known of it."""
+    shown = shown or os.path.basename(name)
     try:
         descriptor = os.open(name, _OPEN & ~os.O_NOFOLLOW if follow else _OPEN, dir_fd=folder)
     except OSError as e:
-        raise _explain(e, os.path.basename(name)) from None
+        raise _explain(e, shown) from None
     try:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
-            _require_kind(found.st_mode, os.path.basename(name), stat.S_ISREG, "a file")
+            _require_kind(found.st_mode, shown, stat.S_ISREG, "a file")
     except BaseException:
         os.close(descriptor)
         raise
@@ -137,13 +140,28 @@ def open_descriptor(name: str | Path, folder: int | None = None, follow: bool = 
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[BufferedReader]:
-    """Open a regular file for reading. Raises NotFound and NotLoadable, this also where a disk fails inside."""
-    with open(open_descriptor(path), "rb") as f:
+def opened(path: Path, shown: str | None = None, follow: bool = False) -> Iterator[BufferedReader]:
+    """Open a regular file, a link to one only if `follow`, for reading; messages call it `shown`, else by its name.
+
+    Raises NotFound and NotLoadable, this also where a disk fails inside.
+    """
+    with open(_opened(path, follow=follow, shown=shown)[0], "rb") as f:
         try:
             yield f
         except OSError as e:
-            raise _explain(e, path.name) from e
+            raise _explain(e, shown or path.name) from e
+
+
+def open_to_append(path: Path) -> int:
+    """Open a regular file, made if there is none, for appending; return its descriptor. Raises OSError.
+
+    A link is not followed, and nobody waits for a FIFO's reader.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _OPEN, 0o644)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.ENXIO, "Not a regular file", str(path))
+    return descriptor
 
 
 class Identity(NamedTuple):
@@ -246,6 +264,8 @@ def disk_errors_explained(name: str) -> Iterator[None]:
             raise NotWritable(f"the disk is read-only: {name} could not be written") from e
         if e.errno == errno.EACCES:
             raise NotWritable(f"the server may not write there: {name} could not be written") from e
+        if e.errno == errno.EISDIR:
+            raise NotWritable(f"a folder is in the place of a file: {name} could not be written") from e
         raise
 
 

@@ -7,6 +7,7 @@ else in the folder is the trainer's. No torch here, and no knowledge of what is 
 
 import contextlib
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from storage.checkpoint_files import (
     read_object,
     regular_file,
 )
-from storage.errors import BadName, NotFound
+from storage.errors import BadName, NotFound, NotLoadable
 from storage.files import NAME, NAME_RULE, check_name, quoted
 
 if TYPE_CHECKING:
@@ -48,6 +49,11 @@ class Run:
     def checkpoint(self) -> Path:
         """Return the path of the latest checkpoint."""
         return self.folder / CHECKPOINT
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Say whether the latest checkpoint is there, as a file that a server may look at."""
+        return regular_file(str(self.folder), CHECKPOINT) is not None
 
     @property
     def previous(self) -> Path:
@@ -103,8 +109,13 @@ class Run:
         return manifest_path(path)
 
     def exists(self) -> bool:
-        """Say whether the folder is there, as a folder and not as a link."""
-        return self.folder.is_dir() and not self.folder.is_symlink()
+        """Say whether the folder is there, as a folder and not as a link. Raises NotLoadable where a disk fails."""
+        try:
+            return stat.S_ISDIR(self.folder.lstat().st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError as e:
+            raise NotLoadable(f"{self.relative} cannot be read: {e.strerror}") from None
 
     def describe(self) -> dict[str, Any]:
         """Return what GET /api/models says of this run, see describe_run."""

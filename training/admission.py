@@ -35,8 +35,8 @@ def has_weights(run: Run) -> bool:
 
 
 def require_folder(run: Run) -> None:
-    """Raise BadName if the run's folder is a link or a file."""
-    if run.folder.is_symlink() or (run.folder.exists() and not run.exists()):
+    """Raise BadName if the run's folder is a link or a file, NotLoadable if it cannot be read."""
+    if not run.exists() and os.path.lexists(run.folder):
         raise BadName(f"{run.relative} is not a folder")
 
 

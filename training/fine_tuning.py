@@ -18,7 +18,7 @@ from storage.errors import NotFound
 from storage.files import write_json
 from storage.runs import Run, Workspace
 from training import metrics
-from training.job import Job, read_object
+from training.job import Job, read_object, result_of, typed
 
 ORGANIZATION = "local"
 ID = re.compile(r"ftjob-[0-9a-f]{24}")
@@ -87,7 +87,7 @@ def model_path(workspace: Workspace, name: str) -> str:
         raise NotFound(f"there is no model {name[:100]!r}")
     run = run_of(workspace, f"ftjob-{found[1]}")
     if found[2] is None:
-        if Job(run).has_result or read_object(run.result).get("state") == "succeeded":
+        if Job(run).has_result or result_of(run).get("state") == "succeeded":
             return f"{run.relative}/{run.checkpoint.name}"
         raise NotFound(f"the job of {name} has not succeeded; its checkpoints have names that end in :ckpt-step-<N>")
     for saved in saved_checkpoints(run):
@@ -101,8 +101,7 @@ def model_path(workspace: Workspace, name: str) -> str:
 
 def record(run: Run) -> dict[str, Any]:
     """Return what openai.json keeps of a job, without what cannot be right; {} if there is none."""
-    found = read_object(run.folder / "openai.json")
-    return {name: value for name, value in found.items() if isinstance(value, KEPT.get(name, ()))}
+    return typed(read_object(run.folder / "openai.json"), KEPT)
 
 
 def keep(run: Run, values: Mapping[str, Any]) -> None:

@@ -7,11 +7,15 @@
 A run that somebody trained by hand has no status.json and is a job all the same.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from storage.errors import StorageError
-from storage.files import read_json, write_json
+from storage import checkpoint_files
+from storage.checkpoint_files import CHECKPOINT, PREVIOUS, regular_file
+from storage.errors import NotLoadable
+from storage.files import write_json
 from storage.runs import Run
 from training import log as job_log
 from training import metrics
@@ -19,19 +23,45 @@ from training.process import TRAINER, ProcessIdentity, is_alive
 
 ACTIVE = ("queued", "running")
 ENDED = ("succeeded", "failed", "stopped", "lost")
+NUMBER = (int, float)
+STATUS: dict[str, Any] = {"state": str, "error": str, "identity": dict}  # of which type each entry is
+STATUS |= dict.fromkeys(("created", "started", "finished"), NUMBER)
+STATUS |= dict.fromkeys(("resume", "stopping", "killed", "had_succeeded"), bool)
+STATUS |= dict.fromkeys(("exit_code", "order", "priority", "memory_kills"), int)
+RESULT: dict[str, Any] = {"state": str, "error": str, "note": str}
+RESULT |= {"iter_num": int, "exit_code": int, "finished": NUMBER}
 
 
 class JobBusy(Exception):
     """The job's state does not allow this now (HTTP 409)."""
 
 
-def read_object(path: Any) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file of a run, {} if there is none that can be read."""
+    return checkpoint_files.read_object(str(path))[0]
+
+
+def typed(found: Mapping[str, Any], kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of an object that have the type which `kinds` says: others are as good as missing."""
+    return {name: value for name, value in found.items() if isinstance(value, kinds.get(name, ()))}
+
+
+def result_of(run: Run) -> dict[str, Any]:
+    """Return how a run ended, as its trainer says; {} if it says nothing."""
+    return typed(read_object(run.result), RESULT)
+
+
+def _is_there(path: Path) -> bool:
     try:
-        value = read_json(path)
-    except StorageError:
-        return {}
-    return value if isinstance(value, dict) else {}
+        path.lstat()
+    except OSError as e:
+        return not isinstance(e, FileNotFoundError | NotADirectoryError)
+    return True
+
+
+def is_job(run: Run) -> bool:
+    """Say whether a run is a job; one of whose files the disk says nothing is one, to be listed as damaged."""
+    return _is_there(run.status) or _is_there(run.config)
 
 
 def trainer_of(run: Run) -> ProcessIdentity | None:
@@ -45,7 +75,7 @@ def ranks_of(run: Run) -> list[int]:
     pids = read_object(run.folder / TRAINER).get("ranks")
     if not isinstance(pids, list) or len(pids) < 2:
         return []
-    return [int(pid) for pid in pids]
+    return [pid for pid in pids if type(pid) is int]
 
 
 @dataclass
@@ -75,16 +105,16 @@ class Status:
     @classmethod
     def read(cls, run: Run) -> "Status | None":
         """Return the run's status, None if the server never had to do with it."""
-        found = read_object(run.status)
-        if found.get("state") not in (*ACTIVE, *ENDED) or not isinstance(found.get("created"), int | float):
+        found = typed(read_object(run.status), STATUS)
+        if found.get("state") not in (*ACTIVE, *ENDED) or "created" not in found:
             return None
-        known = {name: found[name] for name in cls.__dataclass_fields__ if name in found}
-        return cls(**known | {"identity": ProcessIdentity.from_json(found.get("identity"))})
+        return cls(**found | {"identity": ProcessIdentity.from_json(found.get("identity"))})
 
 
 def _status_of_foreign(run: Run) -> Status:
     """Return the state of a run that was trained by hand, from what its trainer left."""
-    result, created = read_object(run.result), run.config.stat().st_mtime if run.config.exists() else 0.0
+    result, config = result_of(run), regular_file(str(run.folder), run.config.name)
+    created = 0.0 if config is None else config.st_mtime
     trainer = trainer_of(run)
     if trainer is not None:
         return Status("running", created, started=created, identity=trainer)
@@ -96,11 +126,31 @@ def _status_of_foreign(run: Run) -> Status:
 
 
 class Job:
-    """One job as its run's folder shows it now; `position` is its place in the queue, counted from 1."""
+    """One job as its run's folder shows it now; `position` is its place in the queue, counted from 1.
+
+    A file that cannot be read does not hide the job: `damaged` says what is wrong with the first such file.
+    """
 
     def __init__(self, run: Run, position: int | None = None) -> None:
         self.run, self.position = run, position
-        self.status = Status.read(run) or _status_of_foreign(run)
+        self.damaged: str | None = None
+        status = Status.read(run)
+        if status is None:
+            self._read(run.status)  # missing, or damaged
+        self.status = status or _status_of_foreign(run)
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        found, problem = checkpoint_files.read_object(str(path))
+        self.damaged = self.damaged or problem
+        return found
+
+    def _told(self, read: Callable[[Path], Any], path: Path) -> Any:
+        """Return what `read` finds in a file, None if it is damaged."""
+        try:
+            return read(path)
+        except NotLoadable as e:
+            self.damaged = self.damaged or str(e)
+            return None
 
     @property
     def name(self) -> str:
@@ -119,21 +169,23 @@ class Job:
 
     def resumed(self, keeps_result: bool) -> Status:
         """Return the status of this ended job when it waits to go on, from its checkpoint if there is one."""
-        resume = any(path.exists() for path in (self.run.checkpoint, self.run.previous))
+        resume = any(regular_file(str(self.run.folder), name) for name in (CHECKPOINT, PREVIOUS))
         had_succeeded, priority = self.has_result and keeps_result, self.status.priority
         return Status("queued", self.status.created, resume=resume, priority=priority, had_succeeded=had_succeeded)
 
     def sample(self) -> dict[str, Any] | None:
         """Return the latest text sample: iter_num, prompt and text; None before there is one."""
-        return metrics.last(self.run.samples) or None
+        return self._told(metrics.last, self.run.samples) or None
 
     def describe(self) -> dict[str, Any]:
         """Return what GET /api/jobs/<name> says; reads small files and the end of the metrics."""
-        status, config, row = self.status, read_object(self.run.config), metrics.last(self.run.metrics)
-        result = read_object(self.run.result) if status.state in ENDED else {}
+        status, config = self.status, self._read(self.run.config)
+        row = self._told(metrics.last, self.run.metrics) or {}
+        result = typed(self._read(self.run.result), RESULT) if status.state in ENDED else {}
         max_iters = config.get("max_iters")
         iter_num = result.get("iter_num") or row.get("iter_num") or 0
         running = status.state == "running"
+        said = self._told(job_log.last_lines, self.run.log) if running else None
         return {
             "name": self.run.name,
             "state": status.state,
@@ -152,10 +204,11 @@ class Job:
             "started": status.started,
             "finished": status.finished,
             "error": status.error,
+            "damaged": self.damaged,  # what is wrong with a file of its folder, so that its part is missing here
             "checkpoint_error": row.get("checkpoint_error"),
             "note": result.get("note") or row.get("note"),
             "exit_code": status.exit_code,
-            "activity": job_log.last_lines(self.run.log, 1)[-200:] or None if running else None,
+            "activity": said.splitlines()[-1][-200:] if said else None,
             "process_id": status.identity.pid if running and status.identity is not None else None,
             "ranks": ranks_of(self.run) if running else [],
             "stopping": running and status.stopping,
@@ -163,6 +216,6 @@ class Job:
             "priority": status.priority,
             "output_dir": self.run.relative,
             "has_result": self.has_result,
-            "has_checkpoint": self.run.checkpoint.exists(),
+            "has_checkpoint": self.run.has_checkpoint,
             "config": config,
         }

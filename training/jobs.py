@@ -24,9 +24,9 @@ from training import admission, disk_space
 from training import log as job_log
 from training.backend import TrainingBackend
 from training.config import ConfigError, TrainConfig
-from training.ending import how_it_ended
+from training.ending import could_not_start, how_it_ended
 from training.hardware import memory_kills
-from training.job import ENDED, Job, JobBusy, Status, read_object, trainer_of
+from training.job import ENDED, Job, JobBusy, Status, is_job, read_object, trainer_of
 from training.job_queue import JobQueue
 from training.lock_file import OutLock
 from training.resumption import further
@@ -85,13 +85,13 @@ class JobManager:
     def list(self) -> Sequence[Job]:
         """Return all jobs, oldest first."""
         positions = self._positions()
-        runs = [run for run in self._workspace.runs() if run.status.exists() or run.config.exists()]
+        runs = filter(is_job, self._workspace.runs())
         return sorted((Job(run, positions.get(run.name)) for run in runs), key=lambda job: job.status.created)
 
     def get(self, name: object) -> Job:
-        """Return a job. Raises BadName, NotFound."""
+        """Return a job. Raises BadName, NotFound, and NotLoadable for a folder that cannot be read."""
         run = self._workspace.run(check_name("job", name))
-        if not run.exists() or not (run.status.exists() or run.config.exists()):
+        if not run.exists() or not is_job(run):
             raise NotFound(f"there is no job {run.name}")
         return Job(run, self._positions().get(run.name))
 
@@ -101,7 +101,7 @@ class JobManager:
             return {state: self._queue.count(state) for state in ("running", "queued")}
 
     def log_tail(self, name: object) -> str:
-        """Return the end of a job's log, at most 64 KiB."""
+        """Return the end of a job's log, at most 64 KiB. Raises NotLoadable."""
         return job_log.tail(self.get(name).run.log)
 
     def follow_log(self, name: object, interval: float = 0.5) -> Iterator[str | None]:
@@ -245,7 +245,7 @@ class JobManager:
         """Raise JobBusy while a job has yet to read the weights of the run: one without a checkpoint of its own."""
         for name, _ in self._queue:
             other = self._workspace.run(name)
-            if base_run(read_object(other.config)) == run.name and not other.checkpoint.exists():
+            if base_run(read_object(other.config)) == run.name and not other.has_checkpoint:
                 raise JobBusy(f"{run.relative} is what the job {name} starts from; stop it first")
 
     def require_dataset_unused(self, name: str) -> None:
@@ -291,14 +291,14 @@ class JobManager:
     def _start(self, run: Run, status: Status) -> None:
         status.identity = trainer_of(run)  # a server that died at this very point has started it already
         if status.identity is None:
-            run.result.unlink(missing_ok=True)
-            sweep_temporary(run.folder)
-            status.memory_kills = memory_kills()
             try:
+                run.result.unlink(missing_ok=True)
+                sweep_temporary(run.folder)
+                status.memory_kills = memory_kills()
                 downloads = admission.downloads(read_object(run.config), self._workspace)
                 status.identity = self._backend.start(run, status.resume, downloads)
-            except OSError as error:
-                self._finish(run, status, "failed", f"the trainer could not be started: {error.strerror}")
+            except (OSError, StorageError) as error:
+                self._finish(run, status, "failed", could_not_start(error))
                 return
         status.state, status.started = "running", time.time()
         self._save(run, status)

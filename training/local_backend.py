@@ -15,6 +15,7 @@ import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from storage.files import open_to_append
 from storage.machine import total_memory, usable_cores
 from storage.runs import Run, Workspace
 from training.hardware import gpus
@@ -117,8 +118,7 @@ class LocalBackend:
     def start(self, run: Run, resume: bool, downloads: bool) -> ProcessIdentity:
         """Start train.py for the run; its output is appended to the run's log. Raises OSError."""
         wandb = read_object(run.config).get("wandb") is True
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        with open(os.open(run.log, flags, 0o644), "ab") as log:
+        with open(open_to_append(run.log), "ab") as log:
             child = subprocess.Popen(
                 self._argv(run, resume),
                 cwd=PROJECT,

@@ -12,9 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from storage.files import replace_file, write_all
+from storage.errors import NotFound
+from storage.files import open_to_append, opened, replace_file, write_all
 
 TAIL_BYTES = 2**18  # about a thousand rows
+TEXTS = ("note", "checkpoint_error", "prompt", "text")  # columns; all others are numbers
+HUGE = 1e100
 
 
 def finite(value: Any) -> Any:
@@ -36,7 +39,7 @@ def append(path: Path, row: dict[str, Any]) -> None:
 
 def append_whole(path: Path, line: bytes) -> None:
     """Append bytes in one write, all of them or none. Raises OSError."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    descriptor = open_to_append(path)
     try:
         before = os.fstat(descriptor).st_size
         if os.write(descriptor, line) < len(line):
@@ -46,39 +49,59 @@ def append_whole(path: Path, line: bytes) -> None:
         os.close(descriptor)
 
 
+def _is_sound(name: str, value: Any) -> bool:
+    """Say whether a column's value has its type, and if a number, a size that can be computed with."""
+    if value is None or isinstance(value, str):
+        return value is None or name in TEXTS
+    return isinstance(value, int | float) and name not in TEXTS and abs(value) < HUGE
+
+
+def _shown(path: Path) -> str:
+    return f"{path.parent.name}/{path.name}"  # several runs may be read for one reply
+
+
 def _rows(lines: Iterator[bytes]) -> Iterator[dict[str, Any]]:
     for line in lines:
         try:
             row = json.loads(line)
         except ValueError:  # cut short by a crash, or still being written
             continue
-        if isinstance(row, dict) and isinstance(row.get("iter_num"), int):
+        if not isinstance(row, dict):
+            continue
+        row = {name: value for name, value in row.items() if _is_sound(name, value)}
+        if isinstance(row.get("iter_num"), int):
             yield row
 
 
 def read(path: Path, after: int | None = None, limit: int | None = None) -> list[dict[str, Any]]:
-    """Return the rows after iteration `after`, the first `limit` of them; no rows if there is no file."""
+    """Return the rows after iteration `after`, the first `limit` of them; no rows if there is no file.
+
+    Raises NotLoadable.
+    """
     found: list[dict[str, Any]] = []
     try:
-        with open(path, "rb") as f:
+        with opened(path, _shown(path)) as f:
             for row in _rows(iter(f)):
                 if limit is not None and len(found) >= limit:
                     break
                 if after is None or row["iter_num"] > after:
                     found.append(row)
-    except FileNotFoundError:
+    except NotFound:
         return []
     return found
 
 
 def last(path: Path) -> dict[str, Any]:
-    """Return the newest value of every column in the last rows of the file; {} if there are none."""
+    """Return the newest value of every column in the last rows of the file; {} if there are none.
+
+    Raises NotLoadable.
+    """
     try:
-        with open(path, "rb") as f:
+        with opened(path, _shown(path)) as f:
             size = f.seek(0, os.SEEK_END)
             f.seek(max(0, size - TAIL_BYTES))
             tail = f.read(TAIL_BYTES)
-    except FileNotFoundError:
+    except NotFound:
         return {}
     newest: dict[str, Any] = {}
     for row in _rows(iter(tail.splitlines())):
@@ -87,7 +110,7 @@ def last(path: Path) -> dict[str, Any]:
 
 
 def cut(path: Path, iter_num: int) -> None:
-    """Remove the rows after iteration `iter_num`: a resumed run writes them again."""
+    """Remove the rows after iteration `iter_num`: a resumed run writes them again. Raises StorageError, OSError."""
     if path.exists():
         kept = [json.dumps(row) + "\n" for row in read(path) if row["iter_num"] <= iter_num]
         replace_file(path, lambda f: write_all(f, "".join(kept).encode()))

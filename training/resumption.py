@@ -2,9 +2,11 @@
 
 from typing import Any
 
+from storage import checkpoint_files
+from storage.errors import NotLoadable
 from storage.runs import Run
 from training.config import MOST_KEPT, ConfigError, TrainConfig
-from training.job import read_object
+from training.job import RESULT, read_object, result_of, typed
 
 
 def lengthened(config: TrainConfig, max_iters: int) -> TrainConfig:
@@ -21,13 +23,16 @@ def lengthened(config: TrainConfig, max_iters: int) -> TrainConfig:
 def further(run: Run, max_iters: int | None = None, iter_num: int | None = None) -> TrainConfig:
     """Return the config with which an ended run goes on: to `max_iters`, from its newest checkpoint or `iter_num`'s.
 
-    Raises ConfigError for one that leaves nothing to do, or that would keep too many checkpoints.
+    Raises ConfigError for one that leaves nothing to do, or that would keep too many checkpoints; NotLoadable.
     """
-    config = TrainConfig.parse(read_object(run.config))
+    given, problem = checkpoint_files.read_object(str(run.config))
+    if problem is not None:
+        raise NotLoadable(f"{run.relative} cannot go on: {problem}")
+    config = TrainConfig.parse(given)
     reached = iter_num
     if reached is None:
-        checkpoint = read_object(run.manifest(run.checkpoint))
-        reached = read_object(run.result).get("iter_num") or checkpoint.get("iter_num") or 0
+        checkpoint = typed(read_object(run.manifest(run.checkpoint)), RESULT)
+        reached = result_of(run).get("iter_num") or checkpoint.get("iter_num") or 0
     last = config.max_iters if max_iters is None else max_iters
     if last is not None and last <= reached:
         raise ConfigError(f"max_iters is {last}; {run.name} has {reached} iterations behind it: give more")

@@ -22,6 +22,7 @@ from storage.runs import Run
 from storage.user_files import UserFile
 from training import fine_tuning
 from training.fine_tuning_plan import base, plan
+from training.job import ACTIVE
 from training.jobs import JobManager
 from web.context import Context, context
 from web.errors import Refused
@@ -175,9 +176,8 @@ def checkpoints(path: JobPath, query: PageQuery) -> dict[str, Any]:
 def _wait_for_end(manager: JobManager, name: str) -> None:
     """Wait until a job that was asked to stop has ended, at most END_WAIT."""
     deadline = time.monotonic() + END_WAIT
-    for _ in manager.follow_log(name):
-        if time.monotonic() > deadline:
-            return
+    while manager.get(name).state in ACTIVE and time.monotonic() < deadline:
+        time.sleep(0.2)
 
 
 def _require(wanted: str, described: dict[str, Any], run: Run, states: tuple[str, ...], what: str) -> None:
@@ -195,7 +195,7 @@ def _stop(wanted: str, states: tuple[str, ...], what: str) -> dict[str, Any]:
         fine_tuning.keep(run, {"paused": described["created"] if what == "paused" else None})
     except FileNotFoundError:  # deleted by another request
         raise NotFound(f"there is no fine-tuning job {wanted}") from None
-    if described["state"] in ("queued", "running"):
+    if described["state"] in ACTIVE:
         ctx.jobs.stop(run.name)
         _wait_for_end(ctx.jobs, run.name)
     return fine_tuning.describe(*_find(ctx, wanted))

@@ -113,14 +113,15 @@ def jobs() -> dict[str, Any]:
     return {"jobs": [job.describe() for job in context().jobs.list()]}
 
 
-@routes.get("/api/jobs/<name>", responses={200: Job, 404: Error})
+@routes.get("/api/jobs/<name>", responses={200: Job, 404: Error, 422: Error})
 def job(path: NamePath) -> dict[str, Any]:
     """Tell the state of a job, with its latest text sample."""
     found = context().jobs.get(path.name)
-    return found.describe() | {"sample": found.sample()}
+    sample = found.sample()  # first, because a file of samples that is damaged is told in the description
+    return found.describe() | {"sample": sample}
 
 
-@routes.delete("/api/jobs/<name>", responses={200: Job, 404: Error, 409: Error})
+@routes.delete("/api/jobs/<name>", responses={200: Job, 404: Error, 409: Error, 422: Error})
 def delete_job(path: NamePath) -> dict[str, Any]:
     """Delete a job that does not run, with its checkpoints; not while one of them is the current model."""
     ctx = context()
@@ -133,25 +134,25 @@ def delete_job(path: NamePath) -> dict[str, Any]:
     return described | {"deleted": True}
 
 
-@routes.post("/api/jobs/<name>/stop", responses={200: Job, 404: Error, 409: Error})
+@routes.post("/api/jobs/<name>/stop", responses={200: Job, 404: Error, 409: Error, 422: Error})
 def stop_job(path: NamePath, body: NoFields) -> dict[str, Any]:
     """Stop a job; it saves a checkpoint first."""
     return context().jobs.stop(path.name).describe()
 
 
-@routes.post("/api/jobs/<name>/resume", responses={200: Job, 404: Error, 409: Error})
+@routes.post("/api/jobs/<name>/resume", responses={200: Job, 404: Error, 409: Error, 422: Error})
 def resume_job(path: NamePath, body: ResumeBody) -> dict[str, Any]:
     """Go on with a job that has ended, from its last checkpoint."""
     return context().jobs.resume(path.name, max_iters=body.max_iters, iter_num=body.iter_num).describe()
 
 
-@routes.post("/api/jobs/<name>/priority", responses={200: Job, 404: Error, 409: Error})
+@routes.post("/api/jobs/<name>/priority", responses={200: Job, 404: Error, 409: Error, 422: Error})
 def prioritize_job(path: NamePath, body: PriorityBody) -> dict[str, Any]:
     """Move a waiting job in the queue: higher goes first, and among equals who came first."""
     return context().jobs.set_priority(path.name, body.priority).describe()
 
 
-@routes.get("/api/jobs/<name>/metrics", responses={200: Rows, 404: Error})
+@routes.get("/api/jobs/<name>/metrics", responses={200: Rows, 404: Error, 422: Error})
 def job_metrics(path: NamePath, query: MetricsQuery) -> dict[str, Any]:
     """Return the rows of a job's metrics."""
     ctx = context()
@@ -166,7 +167,7 @@ class Samples(Reply):
     samples: list[dict[str, Any]]
 
 
-@routes.get("/api/jobs/<name>/samples", responses={200: Samples, 404: Error})
+@routes.get("/api/jobs/<name>/samples", responses={200: Samples, 404: Error, 422: Error})
 def job_samples(path: NamePath, query: MetricsQuery) -> dict[str, Any]:
     """Return what the model wrote at each evaluation, from the same prompt and the same random numbers."""
     ctx = context()
@@ -189,7 +190,7 @@ def _drawn(name: str, compare: str) -> str:
 
 
 def _picture(kind: str) -> dict[str | int | HTTPStatus, Any]:
-    return {200: {"description": "the picture", "content": {kind: {}}}, 404: Error}
+    return {200: {"description": "the picture", "content": {kind: {}}}, 404: Error, 422: Error}
 
 
 @routes.get("/api/jobs/<name>/plot.svg", responses=_picture("image/svg+xml"))
@@ -225,14 +226,15 @@ def _follow(ctx: Context, name: str, client: Client) -> Iterator[dict[str, Any] 
             },
         },
         404: Error,
+        422: Error,
     },
 )
 def job_log(path: NamePath, query: LogQuery) -> Response | dict[str, Any]:
     """Return the end of a job's log, or follow it."""
     ctx = context()
+    end = ctx.jobs.log_tail(path.name)
     if not query.follow:
-        return {"log": ctx.jobs.log_tail(path.name)}
-    ctx.jobs.get(path.name)
+        return {"log": end}
     ctx.streams.enter()
     return sse.response(sse.frames(_follow(ctx, path.name, Client(request.environ))), ctx.streams.leave)
 
@@ -253,7 +255,7 @@ def upload_dataset(form: UploadForm) -> dict[str, Any]:
     return dataset.describe() | {"report": report}
 
 
-@routes.delete("/api/datasets/<name>", responses={200: Message, 404: Error, 409: Error})
+@routes.delete("/api/datasets/<name>", responses={200: Message, 404: Error, 409: Error, 422: Error})
 def delete_dataset(path: NamePath) -> dict[str, Any]:
     """Delete a dataset; of one that this project can prepare again, what its prepare.py made."""
     ctx = context()

@@ -221,8 +221,9 @@ function jobRow(job) {
     number(job.best_val_loss), number(job.tokens_per_second, 0), duration(job.state === "running" ? job.eta_seconds : null),
   ].map((content) => el("td", {}, content));
   const row = el("tr", {}, ...cells, el("td", {}, ...jobButtons(job)));
-  if (!job.error) return [row];
-  return [row, el("tr", {}, el("td", { className: "error", colSpan: 8 }, job.error))];
+  const wrong = job.error ?? job.damaged;
+  if (!wrong) return [row];
+  return [row, el("tr", {}, el("td", { className: "error", colSpan: 8 }, wrong))];
 }
 
 async function refreshJobs() {
