@@ -13,15 +13,14 @@ import errno
 import hashlib
 import os
 import re
-import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from storage.errors import NotFound, NotLoadable, StorageError
-from storage.files import open_descriptor, opened, read_json, replace_file, sync_folder, write_json
+from storage.files import opened, read_json, read_pieces, replace_file, sync_folder, write_json
 from storage.torch_file import crc_damage
 
 CHECKPOINT, BEST, PREVIOUS = "ckpt.pt", "best.pt", "ckpt.prev.pt"
@@ -221,10 +220,6 @@ def keep_previous(path: Path) -> None:
 def _publish(source: Path, target: Path, manifest: dict[str, Any]) -> None:
     """Give a whole checkpoint another name, with the manifest; without hard links it is copied."""
 
-    def copy(f: BinaryIO) -> None:
-        with open(open_descriptor(source), "rb") as original:
-            shutil.copyfileobj(original, f)
-
     def prove(temporary: Path) -> None:
         if sha256_of(temporary) != manifest["sha256"]:
             raise OSError(errno.EIO, f"{target.name} reads back differently from what was written")
@@ -234,7 +229,7 @@ def _publish(source: Path, target: Path, manifest: dict[str, Any]) -> None:
     if _link(source, target):
         sync_folder(target.parent)
     else:
-        replace_file(target, copy, prove)
+        replace_file(target, lambda f: f.writelines(read_pieces(source)), prove)
 
 
 def keep(path: Path, iter_num: int) -> None:

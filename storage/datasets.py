@@ -33,7 +33,7 @@ from storage.documents import (
     validation_start,
 )
 from storage.errors import NotFound, NotLoadable, StorageError
-from storage.files import NAME, check_name, look_up, quoted
+from storage.files import NAME, check_name, disk_errors_explained, look_up, quoted
 from storage.runs import Workspace
 from storage.token_cache import TokenCache
 from storage.token_files import (
@@ -222,7 +222,9 @@ class Dataset:
     def _locked(self, progress: Progress) -> Iterator[None]:
         """Let one process at a time fetch or tokenize; the lock goes with the process that holds it."""
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        with open(os.open(self.folder / ".lock", flags, 0o644), "rb") as f:
+        with disk_errors_explained(f"data/{self.name}/.lock"):
+            descriptor = os.open(self.folder / ".lock", flags, 0o644)
+        with open(descriptor, "rb") as f:
             try:
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

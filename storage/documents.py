@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from storage.errors import NotFound, NotLoadable
-from storage.files import NAME, look_up, open_regular
+from storage.files import NAME, look_up, opened_below, reading
 from storage.records import FORMATS, LineReader, Piece, parse_line
 
 SUFFIXES = (".txt", ".jsonl")
@@ -51,7 +51,9 @@ class Source:
 def sources(folder: Path) -> list[Source]:
     """Return the text files in a folder, by name, VALIDATION last; raises NotLoadable for links, special files."""
     found = []
-    for name in sorted(os.listdir(folder), key=lambda name: (name in VALIDATION, name)):
+    with reading(folder.name):
+        names = os.listdir(folder)
+    for name in sorted(names, key=lambda name: (name in VALIDATION, name)):
         if not name.endswith(SUFFIXES) or not NAME.fullmatch(name):
             continue
         entry = look_up(folder, [name])
@@ -96,7 +98,7 @@ def format_of(folder: Path, files: Sequence[Source]) -> str:
     found = {"text"}
     for source in files:
         if source.name.endswith(".jsonl"):
-            with open(open_regular(folder, [source.name]), "rb") as f, contextlib.suppress(ValueError, NotLoadable):
+            with opened_below(folder, [source.name]) as f, contextlib.suppress(ValueError, NotLoadable):
                 found.update(parse_line(line)[0] for _, _, line in itertools.islice(_lines(f, source.name), 1))
     return max(found, key=FORMATS.index)
 
@@ -163,7 +165,7 @@ def _txt_pieces(f: BinaryIO, name: str) -> Iterator[Piece]:
 def pieces(folder: Path, files: Sequence[Source]) -> Iterator[Piece]:
     """Give the documents of a folder's `files` in order, in pieces."""
     for source in files:
-        with open(open_regular(folder, [source.name]), "rb") as f:
+        with opened_below(folder, [source.name]) as f:
             read = _jsonl_pieces if source.name.endswith(".jsonl") else _txt_pieces
             yield from read(f, source.name)
 
@@ -245,7 +247,7 @@ def count_documents(folder: Path, files: Sequence[Source]) -> int | None:
             count += 1
             continue
         try:
-            with open(open_regular(folder, [source.name]), "rb") as f:
+            with opened_below(folder, [source.name]) as f:
                 count += sum(1 for line in f if line.strip())
         except NotFound:
             continue

@@ -63,6 +63,15 @@ def _explain(error: OSError, name: str) -> Exception:
     return NotLoadable(f"{name} cannot be read: {os.strerror(error.errno or 0)}")
 
 
+@contextlib.contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Raise NotFound or NotLoadable for what the system does to the reading of `name` inside."""
+    try:
+        yield
+    except OSError as e:
+        raise _explain(e, name) from e
+
+
 def _require_kind(mode: int, name: str, wanted: Callable[[int], bool], noun: str) -> None:
     if stat.S_ISLNK(mode):
         raise NotLoadable(f"{name} is a link; links are not followed")
@@ -76,22 +85,18 @@ def _parent(root: Path, parts: Sequence[str]) -> Iterator[int]:
     """Open the folder that holds the last of `parts`, walking down from `root` without following links."""
     for part in parts:
         check_name("path", part)
-    name = "/".join(parts)
-    try:
+    with reading("/".join(parts)):
         folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)  # `root` is ours and may be a link
-    except OSError as e:
-        raise _explain(e, name) from None
-    try:
-        for part in parts[:-1]:
-            _require_kind(os.stat(part, dir_fd=folder, follow_symlinks=False).st_mode, part, stat.S_ISDIR, "a folder")
-            below = os.open(part, _OPEN | os.O_DIRECTORY, dir_fd=folder)
+        try:
+            for part in parts[:-1]:
+                mode = os.stat(part, dir_fd=folder, follow_symlinks=False).st_mode
+                _require_kind(mode, part, stat.S_ISDIR, "a folder")
+                below = os.open(part, _OPEN | os.O_DIRECTORY, dir_fd=folder)
+                os.close(folder)
+                folder = below
+            yield folder
+        finally:
             os.close(folder)
-            folder = below
-        yield folder
-    except OSError as e:
-        raise _explain(e, name) from None
-    finally:
-        os.close(folder)
 
 
 def look_up(root: Path, parts: Sequence[str]) -> os.stat_result:
@@ -123,8 +128,7 @@ def _opened(
         raise _explain(e, shown) from None
     try:
         found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            _require_kind(found.st_mode, shown, stat.S_ISREG, "a file")
+        _require_kind(found.st_mode, shown, stat.S_ISREG, "a file")
     except BaseException:
         os.close(descriptor)
         raise
@@ -132,36 +136,40 @@ def _opened(
 
 
 def open_descriptor(name: str | Path, folder: int | None = None, follow: bool = False) -> int:
-    """Open a regular file (in the open folder `folder`) for reading; return its descriptor.
-
-    A link is followed only if `follow`. Raises NotFound and NotLoadable.
-    """
+    """Open a regular file (in the open `folder`; a link if `follow`): its descriptor. Raises NotFound, NotLoadable."""
     return _opened(name, folder, follow)[0]
 
 
 @contextlib.contextmanager
 def opened(path: Path, shown: str | None = None, follow: bool = False) -> Iterator[BufferedReader]:
-    """Open a regular file, a link to one only if `follow`, for reading; messages call it `shown`, else by its name.
+    """Open a regular file to read; messages call it `shown`. Raises NotFound and, also if a disk fails, NotLoadable."""
+    descriptor, _ = _opened(path, follow=follow, shown=shown)
+    with reading(shown or path.name), open(descriptor, "rb") as f:
+        yield f
 
-    Raises NotFound and NotLoadable, this also where a disk fails inside.
-    """
-    with open(_opened(path, follow=follow, shown=shown)[0], "rb") as f:
-        try:
-            yield f
-        except OSError as e:
-            raise _explain(e, shown or path.name) from e
+
+@contextlib.contextmanager
+def opened_below(root: Path, parts: Sequence[str]) -> Iterator[BufferedReader]:
+    """Open the regular file root/parts for reading, as open_regular does, and explain what a disk does, as `opened`."""
+    descriptor = open_regular(root, parts)
+    with reading("/".join(parts)), open(descriptor, "rb") as f:
+        yield f
 
 
 def open_to_append(path: Path) -> int:
-    """Open a regular file, made if there is none, for appending; return its descriptor. Raises OSError.
-
-    A link is not followed, and nobody waits for a FIFO's reader.
-    """
+    """Open a regular file to append to, made if need be, never a link or FIFO: its descriptor. Raises OSError."""
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _OPEN, 0o644)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.ENXIO, "Not a regular file", str(path))
     return descriptor
+
+
+def read_pieces(path: Path) -> Iterator[bytes]:
+    """Give a regular file's bytes, for who writes them elsewhere; what fails there is not explained as reading."""
+    with opened(path) as f:
+        while piece := f.read(2**20):
+            yield piece
 
 
 class Identity(NamedTuple):
@@ -232,6 +240,9 @@ def write_json(path: Path, obj: Any) -> None:
 
 # ---- writing
 
+_NOT_WRITABLE = {errno.EROFS: "the disk is read-only", errno.EACCES: "the server may not write there"}
+_NOT_WRITABLE |= {errno.EISDIR: "a folder is in the place of a file"}
+
 
 def write_all(f: BinaryIO, data: bytes) -> None:
     """Write all of `data`, for the `write` of replace_file."""
@@ -260,21 +271,14 @@ def disk_errors_explained(name: str) -> Iterator[None]:
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             raise NoSpace(f"the disk is full: {name} could not be written") from e
-        if e.errno == errno.EROFS:
-            raise NotWritable(f"the disk is read-only: {name} could not be written") from e
-        if e.errno == errno.EACCES:
-            raise NotWritable(f"the server may not write there: {name} could not be written") from e
-        if e.errno == errno.EISDIR:
-            raise NotWritable(f"a folder is in the place of a file: {name} could not be written") from e
+        if e.errno in _NOT_WRITABLE:
+            raise NotWritable(f"{_NOT_WRITABLE[e.errno]}: {name} could not be written") from e
         raise
 
 
 @contextlib.contextmanager
 def folder_to_be(target: Path) -> Iterator[Path]:
-    """Give a new folder beside `target`, to be filled and renamed to it; what is not renamed is removed.
-
-    Raises NoSpace and NotWritable for what the disk does.
-    """
+    """Give a new folder beside `target`, to be renamed to it; what is not is removed. Raises NoSpace, NotWritable."""
     with disk_errors_explained(target.name):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = temporary_beside(target)

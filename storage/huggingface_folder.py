@@ -11,7 +11,7 @@ from typing import Any
 
 from storage.architecture import MASKS, checked_args, some
 from storage.errors import NotFound, NotLoadable
-from storage.files import NAME, Identity, identity, open_descriptor, parse_json, quoted, read_bytes
+from storage.files import NAME, Identity, identity, opened, parse_json, quoted, read_bytes
 from storage.safetensors_file import StoredTensor, read_header
 
 MAX_SHARDS = 1000
@@ -94,7 +94,7 @@ def _add_tensors(found: Folder, file: str, tensors: dict[str, StoredTensor], sho
 
 def _describe_files(found: Folder, folder: Path, shown: str, follow: bool) -> None:
     for file, names in _shards(folder, shown, follow).items():
-        with open(open_descriptor(folder / file, follow=follow), "rb") as f:
+        with opened(folder / file, f"{shown}/{file}", follow) as f:
             tensors = read_header(f, f"{shown}/{file}")
             found.identities[file] = identity(f.fileno())
         if lacking := set(names) - tensors.keys():
@@ -123,5 +123,5 @@ def read_folder(folder: Path, shown: str, follow: bool = False) -> Folder:
     try:
         _describe_files(found, folder, shown, follow)
     except NotFound as e:
-        raise _folder_problem(folder, shown) or NotLoadable(f"{shown} is not complete: {e}") from None
+        raise _folder_problem(folder, shown) or NotLoadable(f"{e}: the folder is not complete") from None
     return found

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from storage.architecture import BOUNDS, MASKS, Shape, checked_args, count_parameters, require_tensors, some, whole
 from storage.errors import NotFound, NotLoadable
-from storage.files import Identity, identity, open_descriptor, quoted
+from storage.files import Identity, identity, opened, quoted
 from storage.huggingface_folder import read_folder
 from storage.registry import FOLDER_FILES, ModelReference
 from storage.safetensors_file import ITEM_BYTES, StoredTensor
@@ -115,7 +115,7 @@ def _is_tied(content: Mapping[str, Any], tensors: Mapping[str, tuple[str, Tensor
 
 def inspect_checkpoint(path: Path, shown: str) -> Inspection:
     """Return what a checkpoint file holds; raises NotFound, or NotLoadable in one sentence beginning with `shown`."""
-    with open(open_descriptor(path), "rb") as f:
+    with opened(path, shown) as f:
         content, file = read_torch_file(f, shown), identity(f.fileno())
     if not isinstance(content, dict) or not isinstance(content.get("model_args"), dict):
         raise NotLoadable(f"{shown} is no checkpoint of nanoGPT or of ours: it has no model_args")

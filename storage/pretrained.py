@@ -23,7 +23,7 @@ from storage import tokenizer as tokenizers
 from storage.architecture import TRANSPOSED
 from storage.chat_format import END, TEMPLATE, end_of_turn, is_chat
 from storage.errors import NotLoadable
-from storage.files import identity, open_descriptor, sync_folder, temporary_beside
+from storage.files import identity, open_descriptor, reading, sync_folder, temporary_beside
 from storage.hub import fetch
 from storage.inspection import Inspection, inspect
 from storage.registry import ModelReference
@@ -113,7 +113,8 @@ def _read_file(inspection: Inspection, file: str, shown: str, follow: bool) -> I
         for name, (where, place) in inspection.places.items():
             if where != file:
                 continue
-            tensor = _read_tensor(descriptor, place)
+            with reading(shown):
+                tensor = _read_tensor(descriptor, place)
             if tensor is None or identity(descriptor) != inspection.identities[file]:
                 raise FileChanged(f"{shown} changed while it was read")
             yield name, tensor
@@ -177,7 +178,8 @@ class StoredModel:
             yield self._read(file, _rows(place, first, min(step, rows - first)))
 
     def _read(self, file: str, place: StoredTensor) -> Tensor:
-        tensor = _read_tensor(self._files[file], place)
+        with reading(self._shown):
+            tensor = _read_tensor(self._files[file], place)
         self._check(file)
         if tensor is None:
             raise FileChanged(f"{self._shown} changed while it was read")

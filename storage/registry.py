@@ -5,6 +5,7 @@ trained (out/). A path is only accepted in the forms that `resolve` lists, and o
 lies outside those folders gets one and the same refusal, whether it exists or not.
 """
 
+import contextlib
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -133,14 +134,16 @@ def local_folder(workspace: Workspace, name: str) -> Path | None:
 
 
 def _is_model_folder(folder: Path) -> bool:
-    return not folder.is_symlink() and _has(folder, "config.json")
+    return not os.path.islink(folder) and _has(folder, "config.json")
 
 
 def _folders(root: Path | None) -> Iterator[str]:
-    if root is not None and root.is_dir():
-        for entry in sorted(root.iterdir()):
-            if NAME.fullmatch(entry.name) and _is_model_folder(entry):
-                yield entry.name
+    if root is None:
+        return
+    names: list[str] = []
+    with contextlib.suppress(OSError):  # what cannot be looked at has no models
+        names = sorted(os.listdir(root))
+    yield from (name for name in names if NAME.fullmatch(name) and _is_model_folder(root / name))
 
 
 def pretrained_names(workspace: Workspace) -> list[str]:

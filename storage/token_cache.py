@@ -31,8 +31,9 @@ from storage.errors import NoSpace, NotFound, NotLoadable, StorageError
 from storage.files import (
     NAME,
     look_up,
-    open_regular,
+    opened_below,
     parse_json,
+    reading,
     require_space,
     sweep_temporary,
     sync_folder,
@@ -75,7 +76,7 @@ class TokenCache:
 
     def _meta(self, fingerprint: str) -> dict[str, Any]:
         parts = [self.dataset, "tokens", fingerprint, "meta.json"]
-        with open(open_regular(self.data, parts), "rb") as f:
+        with opened_below(self.data, parts) as f:
             meta = parse_json(f.read(META_BYTES), "/".join(["data", *parts]))
         kinds = {"tokenizer": str, "train_tokens": int, "val_tokens": int, "bytes_per_token": float, "sources": list}
         if not isinstance(meta, dict) or not all(isinstance(meta.get(key), kind) for key, kind in kinds.items()):
@@ -88,7 +89,9 @@ class TokenCache:
             look_up(self.data, [self.dataset, "tokens"])
         except NotFound:
             return []
-        return [self._meta(name) for name in sorted(filter(NAME.fullmatch, os.listdir(self.folder)))]
+        with reading(f"{self.dataset}/tokens"):
+            names = os.listdir(self.folder)
+        return [self._meta(name) for name in sorted(filter(NAME.fullmatch, names))]
 
     def counts(self) -> dict[str, int]:
         """Return the number of tokens by tokenizer name."""

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from storage.chat_format import framed
 from storage.documents import Scan
 from storage.errors import NotLoadable
-from storage.files import open_regular
+from storage.files import open_regular, opened_below
 from storage.machine import usable_cores
 from storage.records import Piece
 from storage.tokenizer import Tokenizer
@@ -90,7 +90,7 @@ def count_tokens(data: Path, parts: Sequence[str], dtype: np.dtype) -> int:
 def open_tokens(data: Path, parts: Sequence[str], dtype: np.dtype) -> np.memmap:
     """Return the ids in the token file data/parts as a read-only memory map."""
     count_tokens(data, parts, dtype)
-    with open(open_regular(data, parts), "rb") as f:
+    with opened_below(data, parts) as f:
         return np.memmap(f, dtype=dtype, mode="r")
 
 

@@ -22,8 +22,10 @@ from storage.errors import BadName, NotFound, NotLoadable, StorageError, TooLarg
 from storage.files import (
     folder_to_be,
     open_regular,
+    opened_below,
     quoted,
     read_json,
+    read_pieces,
     replace_file,
     require_space,
     sweep_temporary,
@@ -192,12 +194,12 @@ def _problem(file: UserFile) -> str | None:
     """Return what makes a file unfit to train on, None if nothing does."""
     if file.purpose != "fine-tune":
         return None
-    if file.stored_as == JSONL:
-        with file.open() as f:
-            problem = _check_lines(f)
-        if problem is not None:
-            return problem
     try:
+        if file.stored_as == JSONL:
+            with opened_below(file.folder, [file.stored_as]) as f:
+                problem = _check_lines(f)
+            if problem is not None:
+                return problem
         empty = scan(pieces(file.folder, sources(file.folder))).characters == 0
     except StorageError as e:  # which knows the file by our name
         return f"the file{str(e).removeprefix(file.stored_as)}"
@@ -254,8 +256,7 @@ def user_files(workspace: Workspace) -> list[UserFile]:
 
 
 def _copy_into(folder: Path, file: UserFile, name: str) -> None:
-    with file.open() as source:
-        replace_file(folder / name, lambda f: shutil.copyfileobj(source, f, COPY_BYTES))
+    replace_file(folder / name, lambda f: f.writelines(read_pieces(file.folder / file.stored_as)))
 
 
 def as_dataset(workspace: Workspace, training: UserFile, validation: UserFile | None = None) -> str:

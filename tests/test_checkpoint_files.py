@@ -4,13 +4,14 @@ import errno
 import hashlib
 import json
 import os
+from pathlib import Path
 
 import pytest
 
 from storage import checkpoint_files
 from storage.checkpoint_files import bring_back, damage, entries, keep, listed, sha256_of
-from storage.errors import NotFound, NotLoadable, StorageError
-from storage.files import write_json
+from storage.errors import NoSpace, NotFound, NotLoadable, StorageError
+from storage.files import read_pieces, write_json
 from storage.runs import Workspace
 
 
@@ -138,6 +139,24 @@ def test_a_disk_that_fails_while_one_is_kept_leaves_the_latest(run, monkeypatch)
         patched.setattr(os, "fsync", failing(errno.ENOSPC))
         with pytest.raises(StorageError):
             keep(run.checkpoint, 10)
+    assert files(run) == {"ckpt.pt": 10} and damage(run.checkpoint) is None
+
+
+@pytest.mark.parametrize(("number", "error", "words"), [
+    (errno.EIO, NotLoadable, r"ckpt\.pt cannot be read: Input/output error"),
+    (errno.ENOSPC, NoSpace, r"ckpt-10\.pt could not be written"),
+])  # fmt: skip
+def test_a_copy_says_whether_reading_or_writing_failed(run, monkeypatch, number, error, words):
+    save(run, 10)
+    monkeypatch.setattr(os, "link", failing(errno.EPERM))
+    if number == errno.EIO:
+        monkeypatch.setattr(checkpoint_files, "read_pieces", lambda path: read_pieces(Path("/proc/self/mem")))
+        words = words.replace(r"ckpt\.pt", "mem")
+    else:
+        monkeypatch.setattr(os, "fsync", failing(number))
+        monkeypatch.setattr(checkpoint_files, "write_manifest", lambda *args: None)
+    with pytest.raises(error, match=words):
+        keep(run.checkpoint, 10)
     assert files(run) == {"ckpt.pt": 10} and damage(run.checkpoint) is None
 
 

@@ -1,6 +1,7 @@
 """Datasets: text of any kind becomes the right tokens once, and what cannot be trained on is refused with a reason."""
 
 import contextlib
+import errno
 import io
 import itertools
 import json
@@ -641,6 +642,27 @@ def test_links_pipes_and_folders_in_the_place_of_files_are_refused_at_once(works
         source.check("char")
     assert isinstance(source.describe()["error"], str)
     assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize("where", ["", "tokens"])
+def test_a_dataset_whose_folders_cannot_be_read_is_listed_with_the_reason(workspace, monkeypatch, where):
+    for name in ("bad", "good"):
+        make(workspace, name, text_txt=TEXT).prepare(BPE)
+    listdir, denied = os.listdir, str(workspace.data / "bad" / where)
+
+    def read(path):
+        if str(path) == denied:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", read)
+    bad, good = (each.describe() for each in datasets(workspace))
+    assert bad["error"].endswith("cannot be read: Permission denied") and good["error"] is None
+
+
+def test_a_file_in_the_place_of_the_tokens_is_told(workspace):
+    source = make(workspace, "a", text_txt=TEXT, tokens=b"")
+    assert source.describe()["error"] == "a/tokens cannot be read: Not a directory"
 
 
 def test_a_linked_folder_is_no_dataset(workspace):

@@ -4,6 +4,7 @@ import errno
 import os
 import socket
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -101,6 +102,42 @@ def test_folders_pipes_sockets_and_devices_are_refused_at_once(tmp_path):
                 files.open_regular(tmp_path, [name])
     with pytest.raises(NotLoadable, match="pipe or a device"):
         files.open_descriptor("/dev/zero")
+
+
+def test_a_disk_that_fails_while_a_file_is_read_is_told_by_what_the_file_is_called():
+    with (
+        pytest.raises(NotLoadable, match="mem cannot be read: Input/output error"),
+        files.opened(Path("/proc/self/mem")) as f,
+    ):
+        f.read(1)
+    with pytest.raises(NotLoadable, match="out/m cannot be read"), files.opened(Path("/proc/self/mem"), "out/m") as f:
+        f.read(1)
+    with pytest.raises(NotLoadable, match="mem cannot be read"), files.opened_below(Path("/proc/self"), ["mem"]) as f:
+        f.read(1)
+
+
+def test_what_fails_where_pieces_are_written_is_no_failure_of_reading(tmp_path):
+    (tmp_path / "a").write_bytes(b"a" * 3_000_000)
+    with pytest.raises(NotLoadable, match="Input/output error"):
+        next(files.read_pieces(Path("/proc/self/mem")))
+    with open("/dev/full", "wb", buffering=0) as full, pytest.raises(OSError, match="No space left"):
+        full.writelines(files.read_pieces(tmp_path / "a"))
+
+
+def test_a_file_is_appended_to_and_nothing_else_in_its_place(tmp_path):
+    for data in (b"a", b"b"):
+        with open(files.open_to_append(tmp_path / "new"), "ab") as f:
+            f.write(data)
+    assert (tmp_path / "new").read_bytes() == b"ab"
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "new")
+    os.mkfifo(tmp_path / "fifo")
+    os.mkfifo(tmp_path / "read")
+    reader = os.open(tmp_path / "read", os.O_RDONLY | os.O_NONBLOCK)
+    for name in ("folder", "link", "fifo", "read"):
+        with pytest.raises(OSError):
+            files.open_to_append(tmp_path / name)
+    os.close(reader)
 
 
 def test_a_file_in_place_of_a_folder_is_refused(tmp_path):

@@ -97,7 +97,7 @@ def test_a_folder_with_pickled_weights_only_says_to_convert_them(tmp_path):
     (path / "model.safetensors").rename(path / "pytorch_model.bin")
     assert "convert it to safetensors" in refusal(path)
     (path / "pytorch_model.bin").unlink()
-    assert "is not complete: model.safetensors does not exist" in refusal(path)
+    assert "out/m/model.safetensors does not exist: the folder is not complete" in refusal(path)
 
 
 def test_missing_unexpected_and_misshapen_tensors_are_named(tmp_path):

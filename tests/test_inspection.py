@@ -1,5 +1,6 @@
 """What is in a weights file, found out without loading it; and everything that is not a model of ours refused."""
 
+import errno
 import json
 import os
 import re
@@ -60,6 +61,36 @@ def changed(path, name, change):
         for record in records:
             new.writestr(*record)
     return path
+
+
+# ---- what cannot be read
+
+
+def huggingface(path):
+    """Return a folder that says it holds a GPT-2."""
+    (path / "m").mkdir()
+    (path / "m" / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    (path / "m" / "model.safetensors").write_bytes(b"")
+    return path / "m"
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+@pytest.mark.parametrize("name", ["ckpt.pt", "model.safetensors"])
+def test_other_things_in_the_place_of_weights_are_refused_at_once(tmp_path, name, make):
+    folder = huggingface(tmp_path) if name != "ckpt.pt" else tmp_path
+    (folder / name).unlink(missing_ok=True)
+    make(folder / name)
+    assert refusal(folder / name if name == "ckpt.pt" else folder).startswith(f"out/m/{name} is a ")
+
+
+@pytest.mark.parametrize("reader", ["inspection.read_torch_file", "huggingface_folder.read_header"])
+def test_a_disk_that_fails_while_weights_are_described_is_told_so(tmp_path, monkeypatch, reader):
+    def fail(*args):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    path = saved(tmp_path / "ckpt.pt", checkpoint()) if "torch" in reader else huggingface(tmp_path)
+    monkeypatch.setattr(f"storage.{reader}", fail)
+    assert refusal(path).endswith("cannot be read: Input/output error")
 
 
 # ---- checkpoints of ours and of nanoGPT

@@ -1,5 +1,6 @@
 """Hugging Face folders in and out: read whole or refused, written whole or not at all."""
 
+import errno
 import json
 import os
 
@@ -116,6 +117,19 @@ def test_another_type_is_refused(tmp_path, tokenizer):
     with pytest.raises(ValueError, match=r"dtype is torch\.int8; it must be float32, float16 or bfloat16"):
         export(GPT(SMALL), tokenizer, tmp_path / "m", torch.int8)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_disk_that_fails_while_weights_are_read_is_told_so(exported, tokenizer, monkeypatch):
+    workspace = Workspace(exported.parent.parent)
+    opened = open_model(resolve(workspace, model_path="out/m"), workspace).model
+
+    def fail(*args):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", fail)
+    for read in (lambda: load_folder(exported), lambda: opened.get_parameter("transformer.wte.weight")):
+        with pytest.raises(NotLoadable, match="m cannot be read: Input/output error"):
+            read()
 
 
 def test_an_export_replaces_the_one_before_as_a_whole(exported, tokenizer):

@@ -144,6 +144,21 @@ def test_a_link_in_the_folder_of_pretrained_models_is_no_name(workspace):
     assert "linked" not in pretrained_names(workspace)
 
 
+def test_folders_that_cannot_be_looked_at_hide_no_other_model(workspace, monkeypatch):
+    lstat, listdir = os.lstat, os.listdir
+
+    def denied(path, original, under):
+        if str(path).startswith(str(under)):
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path)
+
+    mine = workspace.pretrained_dir / "mine"
+    monkeypatch.setattr(os, "lstat", lambda path, **kwargs: denied(path, lstat, mine))
+    assert "mine" not in pretrained_names(workspace) and "gpt2-medium" in pretrained_names(workspace)
+    monkeypatch.setattr(os, "listdir", lambda path: denied(path, listdir, workspace.pretrained_dir))
+    assert pretrained_names(workspace) == [*PRETRAINED, BUNDLED]
+
+
 def test_folders_and_pipes_in_place_of_a_checkpoint_are_refused_at_once(workspace):
     (workspace.out / "odd" / "ckpt.pt").mkdir(parents=True)
     os.mkfifo(workspace.out / "odd" / "best.pt")
