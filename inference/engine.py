@@ -26,6 +26,7 @@ from inference.lane import NO_FIGURES, Lane
 from inference.loading import ModelSource
 from inference.pool import ModelPool
 from inference.sequence import Generation, SamplingParams
+from storage.chat_format import ends
 from storage.checkpoints import open_model
 from storage.machine import within_limit
 
@@ -173,8 +174,7 @@ class Engine:
                 f"This model's maximum context length is {model.block_size} tokens, "
                 f"however the prompt has {len(prompt_ids)} tokens"
             )
-        eot = model.tokenizer.eot
-        stop_ids = params.stop_token_ids | (set() if params.ignore_eos or eot is None else {eot})
+        stop_ids = params.stop_token_ids | (frozenset() if params.ignore_eos else ends(model.tokenizer))
         timeout = self._request_timeout
         return seq.Sequence(
             prompt_ids,

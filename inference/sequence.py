@@ -96,8 +96,8 @@ class SamplingParams:
     seed: int | None = None  # None draws one
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
 
-    stop_token_ids: frozenset[int] = frozenset()  # beside the tokenizer's end-of-text
-    ignore_eos: bool = False  # end-of-text does not end the sequence
+    stop_token_ids: frozenset[int] = frozenset()  # beside those with which the model ends a text
+    ignore_eos: bool = False  # the model's own ends do not end the sequence
     min_tokens: int = 0  # no end-of-text or stop token before this many
 
     logprobs: int | None = None  # None: none; N: the chosen token's and the N most probable ones'
@@ -182,7 +182,7 @@ class Sequence:
 
     prompt_ids: list[int]
     params: SamplingParams
-    stop_ids: frozenset[int] = frozenset()  # the params' and, unless ignored, the tokenizer's end-of-text
+    stop_ids: frozenset[int] = frozenset()  # the params' and, unless ignored, those with which the model ends a text
     output_limit: int = 0  # max_new_tokens, or less where the context ends first
     id: str = field(default_factory=lambda: "req-" + uuid.uuid4().hex)
     embeds: bool = False  # it wants the mean of its prompt's final hidden states, and no tokens

@@ -91,6 +91,12 @@ def end_of_turn(tokenizer: Tokenizer) -> int:
     return tokenizer.special_tokens[END]
 
 
+def ends(tokenizer: Tokenizer) -> frozenset[int]:
+    """Return the ids with which a model ends what it writes: end of text, and of a chat model the end of its turn."""
+    of_text = () if tokenizer.eot is None else (tokenizer.eot,)
+    return frozenset((*of_text, end_of_turn(tokenizer)) if is_chat(tokenizer) else of_text)
+
+
 def framed(
     tokenizer: Tokenizer, role: str, content: npt.NDArray[Any], learned: bool
 ) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:

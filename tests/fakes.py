@@ -30,6 +30,7 @@ from inference.sequence import (
     Sequence,
     Token,
 )
+from storage.chat_format import ends
 from storage.errors import NotFound
 from storage.registry import ModelReference
 from storage.runs import Workspace
@@ -141,8 +142,7 @@ class FakeEngine:
             raise PromptTooLong("This model's maximum context length is exceeded")
         if sum(s.finished_at is None for s in self.sequences) >= self.max_waiting:
             raise QueueFull("the queue is full", retry_after=2)
-        eot = model.tokenizer.eot
-        stop_ids = params.stop_token_ids | (frozenset() if eot is None or params.ignore_eos else frozenset({eot}))
+        stop_ids = params.stop_token_ids | (frozenset() if params.ignore_eos else ends(model.tokenizer))
         sequence = Sequence(
             list(prompt_ids), params, stop_ids, min(room, params.max_new_tokens), request_id or "req-fake"
         )

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from storage.chat_format import TOKENS, Message, end_of_turn, is_chat, parse_messages, render, with_chat_tokens
+from storage.chat_format import TOKENS, Message, end_of_turn, ends, is_chat, parse_messages, render, with_chat_tokens
 from storage.datasets import Dataset, dataset
 from storage.errors import NotLoadable
 from storage.records import parse_record
@@ -48,6 +48,13 @@ def test_any_tokenizer_becomes_one_for_chats_and_keeps_its_ids(plain, tmp_path):
     assert chat.encode("ab?cd") == plain.encode("ab?cd") and chat.n_vocab == plain.n_vocab + len(TOKENS)
     chat.save(tmp_path / "tokenizer.json")
     assert load(tmp_path / "tokenizer.json").special_tokens == chat.special_tokens
+
+
+def test_a_model_ends_a_text_and_a_chat_model_its_turn_too():
+    plain = train_bpe(["abcd?" * 9], 258)
+    assert plain.eot is not None and ends(plain) == {plain.eot}
+    assert ends(with_chat_tokens(plain)) == {plain.eot, end_of_turn(with_chat_tokens(plain))}
+    assert ends(char_tokenizer("abc")) == set() and ends(LETTERS) == {end_of_turn(LETTERS)}
 
 
 def test_a_conversation_asks_for_the_reply_of_the_assistant():

@@ -101,6 +101,23 @@ def test_with_ignore_eos_the_turns_end_does_not_end_it(server, tokenizer):
     assert chat(server, ignore_eos=True, max_tokens=2)["usage"]["completion_tokens"] == 2
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_text_completion_ends_with_the_turn_whose_mark_is_not_shown(server, tokenizer, stream):
+    reply = server.post("/api/generate", {"prompt": "Hi", "stream": stream})
+    reply = events(reply)[-2] if stream else reply.json
+    assert (reply["generated_text"], reply["finish_reason"]) == ("HiHello 🙂", "stop")
+    reply = server.post("/v1/completions", {"prompt": "Hi", "stream": stream})
+    frames = events(reply)[:-1] if stream else [reply.json]
+    assert "".join(frame["choices"][0]["text"] for frame in frames) == "Hello 🙂"
+    assert frames[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+def test_a_text_completion_goes_on_after_the_turn_if_asked_to(server, tokenizer):
+    server.engine.script = lambda prompt, k: end_of_turn(tokenizer)
+    reply = server.post("/v1/completions", {"prompt": "Hi", "ignore_eos": True, "max_tokens": 2}).json
+    assert (reply["choices"][0]["finish_reason"], reply["usage"]["completion_tokens"]) == ("length", 2)
+
+
 def test_logprobs_are_those_of_what_is_said(server, tokenizer):
     content = chat(server, logprobs=True, top_logprobs=2)["choices"][0]["logprobs"]["content"]
     assert b"".join(bytes(entry["bytes"]) for entry in content).decode() == "Hello 🙂"

@@ -33,6 +33,7 @@ from inference.sequence import (
 )
 from inference.torch_runner import TorchRunner
 from model import GPT, GPTConfig
+from storage.chat_format import TOKENS as CHAT_TOKENS
 from storage.errors import NotLoadable
 from storage.registry import ModelReference
 
@@ -46,6 +47,7 @@ class FakeTokenizer:
     n_vocab: int = VOCAB
     eot: int | None = EOT
     fingerprint: str = "0123456789abcdef"
+    special_tokens: dict[str, int] = field(default_factory=dict)
 
 
 def tiny(seed: int = 0, block_size: int = 48) -> GPT:
@@ -294,6 +296,15 @@ def test_a_model_with_a_padded_vocabulary_never_gives_an_id_without_text(make: C
 
 def test_end_of_text_ends_a_sequence_and_is_its_last_token(fake: Callable[..., Bench]) -> None:
     assert drain(submit(fake(), [EOT - 2], greedy(9))) == ([EOT - 1, EOT], Finished(FinishReason.STOP))
+
+
+def test_a_chat_models_end_of_turn_ends_a_sequence_unless_ignored(fake: Callable[..., Bench]) -> None:
+    bench = fake()
+    served = bench.engine.served()
+    assert served is not None
+    served.tokenizer.special_tokens |= {token: i for i, token in enumerate(CHAT_TOKENS)}  # <|end|> is 3
+    assert drain(submit(bench, [1], greedy(9))) == ([2, 3], Finished(FinishReason.STOP))
+    assert drain(submit(bench, [1], greedy(4, ignore_eos=True)))[0] == [2, 3, 4, 5]
 
 
 def test_end_of_text_can_be_ignored(fake: Callable[..., Bench]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from inference.backend import ServedModel
 from inference.sequence import NoModel, PromptTooLong, SamplingParams
+from storage.chat_format import ends
 from storage.errors import NotFound
 from storage.files import quoted
 from storage.tokenizer import Tokenizer
@@ -108,8 +109,7 @@ class Batch:
         self._context, self._client = context, client
         self._open, self._stops = True, bool(stops)
         self.completions: list[Completion] = []
-        eot = model.tokenizer.eot
-        ends = params.stop_token_ids | (frozenset() if params.ignore_eos or eot is None else frozenset({eot}))
+        stop_ids = params.stop_token_ids | (frozenset() if params.ignore_eos else ends(model.tokenizer))
         context.require_engine()
         context.streams.enter()
         try:
@@ -119,7 +119,7 @@ class Batch:
                 generation = context.engine.submit(
                     model, prompts[index // n], own, name, owner=requester(), cache_scope=key_digest()
                 )
-                self.completions.append(Completion(generation, model.tokenizer, stops, ends, index))
+                self.completions.append(Completion(generation, model.tokenizer, stops, stop_ids, index))
         except ValueError as error:
             self.close()
             raise Refused(400, str(error)) from None

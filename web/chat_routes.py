@@ -11,7 +11,7 @@ from flask_openapi3.models.tag import Tag
 
 from inference.backend import ServedModel
 from inference.sequence import PromptTooLong, SamplingParams
-from storage.chat_format import end_of_turn, is_chat, render
+from storage.chat_format import is_chat, render
 from web import chat_replies, sse
 from web.batch import LONGEST_TOKEN, Batch, context_tokens, too_long, using
 from web.chat_schemas import ChatBody, ChatReply
@@ -42,7 +42,7 @@ def _request(body: ChatBody, served: ServedModel, limit: int) -> tuple[list[int]
         raise Refused(501, message, "not_implemented", "model")
     try:
         prompt = _prompt_ids(body, served, limit)
-        return prompt, body.params(max_tokens(body.most, limit, len(prompt), limit), end_of_turn(served.tokenizer))
+        return prompt, body.params(max_tokens(body.most, limit, len(prompt), limit))
     except PromptTooLong as error:
         raise Refused(400, str(error), "context_length_exceeded", "messages") from None
     except ValueError as error:

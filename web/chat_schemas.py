@@ -51,11 +51,10 @@ class ChatBody(GenerationBody):
         """Return the most new tokens that are asked for."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
-    def params(self, max_tokens: int, end: int) -> SamplingParams:
-        """Return how the engine is to choose tokens; the token `end` ends a turn. Raises ValueError."""
-        ends = frozenset(self.stop_token_ids) | (frozenset() if self.ignore_eos else frozenset({end}))
+    def params(self, max_tokens: int) -> SamplingParams:
+        """Return how the engine is to choose tokens. Raises ValueError."""
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        return self.sampling(max_tokens, stop_token_ids=ends, logprobs=logprobs)
+        return self.sampling(max_tokens, logprobs=logprobs)
 
 
 class ChatReply(Reply):

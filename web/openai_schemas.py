@@ -106,7 +106,7 @@ class GenerationBody(OpenAIBody, SamplingFields):
     logit_bias: dict[str, float] = Field({}, description="token id to what is added to its logit, -100 to 100")
     stream_options: StreamOptions = StreamOptions.model_validate({})
     user: Any = Field(None, description="not used")
-    ignore_eos: bool = Field(False, description="the end-of-text token does not end the text")
+    ignore_eos: bool = Field(False, description="neither end of text nor a chat model's end of turn ends the reply")
     min_tokens: int = Field(0, ge=0, lt=2**31, description="no end before this many tokens")
     stop_token_ids: list[int] = Field([], max_length=64, description="token ids that end the text")
 
