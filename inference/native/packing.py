@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from inference.native.compact import MOST_REST, PANEL, compact, compact_bytes
 from model import GPTConfig
 
-CACHE_BLOCK = 64  # positions of a slot that lie together, as in attention.h
+CACHE_BLOCK = 32  # positions of a slot that lie together, as in attention.h
 F32, BF16, INT8, COMPACT = range(4)  # as in product.h; COMPACT: bfloat16 in 12 bits
 KINDS = {"fp32": (F32,), "bf16": (COMPACT, BF16), "int8": (INT8,)}  # the first that a model's weights fit into
 STORED = (torch.float32, torch.bfloat16, torch.uint8, torch.bfloat16)

@@ -138,14 +138,14 @@ inline void interpret(const char *w, const Input &in, long i, const Ints (&sum)[
 #endif
 
 // Memory that is read after some products: runs of `bytes` each, `offset` behind the addresses. Thought of as one, each
-// thread will read its share of it, of which it fetches, while it multiplies its share of panels, from eleventh `from` to `to`.
+// thread will read its share of it, of which it fetches, while it multiplies its share of panels, from twelfth `from` to `to`.
 struct Later {
     std::span<const char *const> addresses;
     long offset = 0, bytes = 1, threads = 1, from = 0, to = 0;
     Fetch part(long i, long n, long turns) const {
         const long share = (long)addresses.size() * bytes / threads, thread = threads * i / n;
-        const long at = share * thread + share * (from * n + (to - from) * (threads * i - thread * n)) / (11 * n);
-        return {addresses[at / bytes] + offset + at % bytes, std::min(share * threads * (to - from) / (11 * n * turns), 128L)};
+        const long at = share * thread + share * (from * n + (to - from) * (threads * i - thread * n)) / (12 * n);
+        return {addresses[at / bytes] + offset + at % bytes, std::min(share * threads * (to - from) / (12 * n * turns), 128L)};
     }
 };
 

@@ -63,21 +63,21 @@ struct Step {
 
     template <class E> Head<E> head_of(long layer, long slot, long head) const {
         const long one = 2 * BLOCK * size, block = m.layers * m.heads * one;
-        return {(E *)m.cache + slot * (span / BLOCK) * block + (layer * m.heads + head) * one, size, block};
+        return {(E *)m.cache + slot * (span / BLOCK) * block + (layer * m.heads + head) * one, size, block, 0};
     }
 
     // Bytes of a layer's keys and values in a block of the cache.
     long layer_bytes() const { return 2 * BLOCK * m.width * (m.kind == F32 ? sizeof(float) : sizeof(Half)); }
 
-    // Note which blocks the rows attend to, but for a last one that is not half full; none if they are fewer than the rows,
-    // as in prefill, where attention takes little of the time.
+    // Note which blocks the rows attend to; none if they are fewer than the rows, as in prefill, where attention takes little
+    // of the time.
     void list_blocks() {
         const long bytes = m.layers * layer_bytes();
         blocks.clear();
         for (long i = 0; i < all_rows.count(); i++) {
             if (i + 1 < all_rows.count() && all_rows.slot[i + 1] == all_rows.slot[i]) continue;
             const char *first = (const char *)m.cache + all_rows.slot[i] * (span / BLOCK) * bytes;
-            for (long b = 0; b < (all_rows.position[i] + 1 + BLOCK / 2) / BLOCK; b++) blocks.push_back(first + b * bytes);
+            for (long b = 0; b <= all_rows.position[i] / BLOCK; b++) blocks.push_back(first + b * bytes);
         }
         if ((long)blocks.size() < all_rows.count()) blocks.clear();
     }
@@ -127,9 +127,11 @@ struct Step {
     }
 
     // One piece of attention: queries in y become what they attend to.
-    template <class E> void attend_piece(Member &me, long layer, const Rows &rows, const Rows::Piece &piece) {
+    template <class E> void attend_piece(Member &me, long layer, const Rows &rows, long i) {
         const long stride = up_to(3 * m.width, PANEL);
-        const auto head = head_of<E>(layer, rows.slot[piece.first], piece.head);
+        const auto &piece = rows.pieces[i], &next = rows.pieces[std::min(i + 1, (long)rows.pieces.size() - 1)];
+        auto head = head_of<E>(layer, rows.slot[piece.first], piece.head);
+        head.ahead = head_of<E>(layer, rows.slot[next.first], next.head).first - head.first;
         static constexpr decltype(&attend<E, 1>) sizes[] = {attend<E, 1>, attend<E, 2>, attend<E, 3>, attend<E, 4>};
         static_assert(NEIGHBOURS == 4);
         float *queries = y + piece.first * stride + piece.head * size;
@@ -167,7 +169,7 @@ struct Step {
             const Layer &L = m.layer[l];
             Input in = prepare<KIND>(me, rows->count(), C, normed(L.norm1, L.norm1_bias));
             me.each(L.qkv.rows / PANEL, [&](long panel) {
-                product<KIND>(L.qkv, in, panel, {y, stride, STORE}, cache_of(l, 8, 11));
+                product<KIND>(L.qkv, in, panel, {y, stride, STORE}, cache_of(l, 9, 12));
                 remember<E>(l, panel);
             });
             if (l == m.layers - 1) {  // the last layer's keys and values stand: other rows than the wanted end here
@@ -175,24 +177,24 @@ struct Step {
                 if (rows->count() == 0) return;
                 if (rows->count() < all_rows.count()) narrow_to_wanted(me);
             }
-            me.each(rows->pieces.size(), [&](long i) { attend_piece<E>(me, l, *rows, rows->pieces[i]); });
+            me.each(rows->pieces.size(), [&](long i) { attend_piece<E>(me, l, *rows, i); });
             in = prepare<KIND>(me, rows->count(), C, [&](long i, float *) { return y + i * stride; });
-            multiply(L.out, in, {x, wide, ADD}, {});
+            multiply(L.out, in, {x, wide, ADD}, cache_of(l + 1, 0, 1));
             in = prepare<KIND>(me, rows->count(), C, normed(L.norm2, L.norm2_bias));
             const Then gelu = m.gelu_new ? GELU_NEW : GELU;
             if constexpr (alone(KIND)) {
                 const Input inner{(int32_t *)h.at, {}, {}, {}, {}, {}, {}, rows->count(), 4 * C};
-                multiply(L.up, in, {nullptr, 0, gelu, &inner}, cache_of(l + 1, 0, 4));
+                multiply(L.up, in, {nullptr, 0, gelu, &inner}, cache_of(l + 1, 1, 5));
                 in = inner;
             } else {
-                multiply(L.up, in, {h, 4 * C, gelu}, cache_of(l + 1, 0, 4));
+                multiply(L.up, in, {h, 4 * C, gelu}, cache_of(l + 1, 1, 5));
                 in = prepare<KIND>(me, rows->count(), 4 * C, [&](long i, float *) { return h + i * 4 * C; });
             }
-            multiply(L.down, in, {x, wide, ADD}, cache_of(l + 1, 4, 8));
+            multiply(L.down, in, {x, wide, ADD}, cache_of(l + 1, 5, 9));
         }
         if (hidden) return me.each(rows->count(), [&](long i) { norm(x + i * wide, m.norm, m.norm_bias, hidden + i * C, C); });
         const Input in = prepare<KIND>(me, rows->count(), C, normed(m.norm, m.norm_bias));
-        multiply(m.head, in, {logits, m.head.rows, STORE}, {});
+        multiply(m.head, in, {logits, m.head.rows, STORE}, cache_of(0, 0, 9));
         me.each(rows->count(), [&](long i) { best[i] = greatest(logits + i * m.head.rows, m.vocabulary); });
     }
 
