@@ -7,6 +7,7 @@ takes a free port of this machine, leaves the trained model in out/demo (and rep
 stops what it started: also after Ctrl-C or a failure. Nothing here is needed by the server.
 """
 
+import argparse
 import json
 import os
 import shlex
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -114,9 +115,11 @@ def running_server(port: int, log: IO[bytes]) -> Iterator[None]:
         yield
     finally:
         if server.poll() is None:
-            stop_job()
-            explain("Stop the server.")
-            stop_server(server)
+            try:
+                stop_job()
+                explain("Stop the server.")
+            finally:  # also where there is no terminal any more to say so on
+                stop_server(server)
 
 
 def replace_old_run() -> None:
@@ -140,13 +143,15 @@ def show_loop() -> None:
     step("Generate with it. A minute of training teaches the look of Python, not its sense.", "generate", *prompt)
 
 
-def end_on_sigterm(number: int, frame: object) -> None:
+def end_on_signal(number: int, frame: object) -> None:
     raise SystemExit(128 + number)
 
 
-def main() -> int:
+def main(argv: Sequence[str] = ()) -> int:
     """Run the demo and return its exit code."""
-    signal.signal(signal.SIGTERM, end_on_sigterm)
+    argparse.ArgumentParser("demo.py", description=f"{__doc__}".partition("\n")[0]).parse_args(argv)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, end_on_signal)
     port, began = free_port(), time.monotonic()
     os.environ["LM_SERVER_URL"] = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryFile() as log:
@@ -168,4 +173,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     code, config, place, argv = 0, None, Rank.of(os.environ), sys.argv[1:] if argv is None else argv
     place.bind()
     try:
-        config, workspace = parse(argv, Path(__file__).resolve().parent)
+        config, workspace = parse(argv, Path(__file__).resolve().parent, "dry_run.py")
         config = settled(config, workspace)
         if config.init_from == "resume":
             raise ConfigError("init_from is resume; a dry run is for a training that has not begun")

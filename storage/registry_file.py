@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from storage.errors import NotLoadable, StorageError
+from storage.errors import NotFound, NotLoadable, StorageError
 from storage.files import NAME, quoted, read_bytes, read_json
 from storage.hub import is_repository
 from storage.registry import BUNDLED, FOLDER_FILES, PRETRAINED, ModelReference
@@ -115,7 +115,10 @@ def _named(entries: list[Any], folder: Path) -> Iterator[tuple[str, ModelReferen
 
 def read_registry(path: Path) -> tuple[tuple[str, ModelReference], ...]:
     """Return every name of a registry file with its model, in the file's order. Raises StorageError."""
-    content = _parse(path)
+    try:
+        content = _parse(path)
+    except NotFound:
+        raise NotFound(f"the registry file {path} does not exist") from None
     entries = content.get("models") if isinstance(content, dict) and set(content) == {"models"} else None
     if not isinstance(entries, list):
         raise RegistryError(f'{path.name} must be {{"models": [...]}} and nothing else')

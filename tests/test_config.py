@@ -188,7 +188,10 @@ def test_help_shows_every_field_with_its_default(tmp_path, capsys):
         parse(["--help"], tmp_path)
     shown = capsys.readouterr().out
     assert ended.value.code == 0 and all(f"--{name}" in shown for name in TrainConfig.model_fields)
-    assert "(default: 1337)" in " ".join(shown.split())
+    assert "(default: 1337)" in " ".join(shown.split()) and shown.startswith("usage: train.py")
+    with pytest.raises(SystemExit):
+        parse(["--help"], tmp_path, "dry_run.py")
+    assert "train.py --dataset" not in capsys.readouterr().out
 
 
 def test_the_schema_for_the_documentation_describes_every_field():

@@ -14,9 +14,10 @@ from api_client import cli
 def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "ROOT", tmp_path)
     monkeypatch.setenv("LM_SERVER_URL", "http://127.0.0.1:1")
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     yield tmp_path
-    signal.signal(signal.SIGTERM, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def test_every_step_is_a_command_of_the_client(monkeypatch):
@@ -44,6 +45,30 @@ def test_a_step_that_fails_stops_the_server(folder, capfd):
     assert demo.main() == 1
     shown = capfd.readouterr()
     assert "`api_client.py train` ended with exit code 1" in shown.err and "Stop the server." in shown.out
+
+
+def test_the_server_is_stopped_also_when_nobody_sees_it_said(folder, monkeypatch):
+    (folder / "api_server.py").write_text("import time; time.sleep(60)")
+    (folder / "api_client.py").write_text("""print('{"model_loaded": true, "state": "stopped"}')""")
+    stopped, stop_server = [], demo.stop_server
+
+    def gone(text):
+        if text == "Stop the server.":
+            raise BrokenPipeError
+
+    monkeypatch.setattr(demo, "explain", gone)
+    monkeypatch.setattr(demo, "stop_server", lambda server: (stop_server(server), stopped.append(server.poll())))
+    with pytest.raises(BrokenPipeError):
+        demo.main()
+    assert stopped == [-signal.SIGTERM]
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--port", "1"]])
+def test_the_demo_says_what_it_is_and_takes_nothing(words, capsys):
+    with pytest.raises(SystemExit):
+        demo.main(words)
+    said = capsys.readouterr()
+    assert "The whole loop" in said.out or "unrecognized arguments: --port 1" in said.err
 
 
 def test_a_server_that_ignores_the_request_to_end_is_killed(monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 from fakes import FakeEngine, FakeJobs, byte_tokenizer
 
 from api_server import create_app, open_workspace
-from storage.errors import StorageError
+from storage.errors import NotFound, StorageError
 from storage.registry import pretrained_names, resolve
 from storage.registry_file import RegistryError, read_registry
 from storage.runs import Workspace
@@ -113,6 +113,11 @@ def test_what_is_no_registry_is_refused(tmp_path, name, text):
     with pytest.raises(StorageError) as refused:
         read_registry(tmp_path / name)
     assert name in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_file_that_is_not_there_is_told_by_its_path(tmp_path):
+    with pytest.raises(NotFound, match=f"the registry file {tmp_path / 'none.json'} does not exist"):
+        read_registry(tmp_path / "none.json")
 
 
 def test_the_server_does_not_start_with_a_wrong_file(tmp_path):

@@ -13,6 +13,9 @@ def refused(flags: dict[str, str], environ: dict[str, str] | None = None) -> str
     return str(error.value)
 
 
+ORIGIN_RULE = "each must be like https://example.org, without a path"
+
+
 def test_without_anything_every_setting_has_its_default():
     assert read({}, {}) == Settings()
 
@@ -52,6 +55,9 @@ def test_the_well_known_bare_names_work(name, value, expected):
         ({"drain": "nan"}, "drain is 'nan'; it must be between 0 and 3,600"),
         ({"dtype": "int9"}, "dtype is 'int9'; it must be one of auto, fp32, bf16, int8"),
         ({"device": "tpu"}, "device is 'tpu'; it must be one of auto, cpu, cuda, mps"),
+        ({"cors_allow_origins": "https://a.example,foo"}, f"cors_allow_origins is 'foo'; {ORIGIN_RULE}"),
+        ({"cors_allow_origins": "*"}, f"cors_allow_origins is '*'; {ORIGIN_RULE}"),
+        ({"cors_allow_origins": "https://a.b/x"}, f"cors_allow_origins is 'https://a.b/x'; {ORIGIN_RULE}"),
         ({"rate_limit": "often"}, "rate_limit is 'often'; it must be like '60 per minute'"),
         ({"model_type": "gpt2", "model_path": "out/x"}, "give one of model_type and model_path, not both"),
         ({"root": "/no/such/folder"}, "root is '/no/such/folder'; it must be a folder"),

@@ -26,10 +26,10 @@ def _help(name: str) -> str:
     return f"{field.description}{default}".replace("%", "%%")
 
 
-def _parser(root: Path) -> argparse.ArgumentParser:
+def _parser(root: Path, program: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "train.py",
-        usage="train.py --dataset NAME [--FIELD VALUE ...]; all fields: train.py --help",
+        program,
+        usage=f"{program} --dataset NAME [--FIELD VALUE ...]; all fields: {program} --help",
         description="Train or fine-tune a GPT. What is left out comes from the preset that model_type names.",
         epilog="Under torchrun each process takes its share of the batch: torchrun --nproc_per_node 2 train.py …",
         allow_abbrev=False,
@@ -85,12 +85,12 @@ def _not_known(part: str) -> ConfigError:
     return ConfigError(f"unknown argument {part[:60]!r}; " + (f"did you mean {near[0]}?" if near else "see --help"))
 
 
-def parse(argv: list[str], root: Path) -> tuple[TrainConfig, Workspace]:
-    """Return config and workspace, in `root` unless told otherwise. Raises ConfigError.
+def parse(argv: list[str], root: Path, program: str = "train.py") -> tuple[TrainConfig, Workspace]:
+    """Return config and workspace, in `root` unless told otherwise; `program` is who asks. Raises ConfigError.
 
     argparse itself ends the process for --help and for a flag without its value.
     """
-    found, unknown = _parser(root).parse_known_args([_with_underscores(part) for part in argv])
+    found, unknown = _parser(root, program).parse_known_args([_with_underscores(part) for part in argv])
     if unknown:
         raise _not_known(unknown[0])
     given = vars(found)

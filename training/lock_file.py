@@ -41,7 +41,8 @@ class OutLock:
             except BlockingIOError:
                 if time.monotonic() >= deadline:
                     holder = os.pread(self._descriptor, 20, 0).decode("ascii", "replace").strip()
-                    raise OutInUse(f"{out.name}/.lock is held by another server, process {holder}") from None
+                    instead = "stop it, or give this one another root"
+                    raise OutInUse(f"{out.name}/.lock is held by another server, process {holder}; {instead}") from None
             time.sleep(0.05)
 
     def release(self) -> None:

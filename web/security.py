@@ -60,7 +60,7 @@ class Guard:
     def __init__(self, settings: Settings):
         names = [settings.host, "localhost", *settings.allowed_hosts]
         self._hosts = {host_name(name) for name in names}
-        self._origins = {origin.rstrip("/").lower() for origin in settings.cors_allow_origins}
+        self._origins = {origin.lower() for origin in settings.cors_allow_origins}
         self._keys = [digest(key) for key in settings.keys]
 
     def check(self) -> None:

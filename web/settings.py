@@ -9,6 +9,7 @@ over LM_SERVER_<NAME>, that over the bare name, that over the default. An empty 
 
 import ipaddress
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, get_type_hints
 PREFIX = "LM_SERVER_"
 PROJECT = Path(__file__).resolve().parent.parent
 MIB = 2**20
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9.:\[\]_-]+", re.IGNORECASE)  # flask-cors would take others as patterns
 
 
 class SettingsError(ValueError):
@@ -256,6 +258,11 @@ def _check_together(settings: Settings) -> None:
         raise SettingsError(
             f"host is {settings.host!r}; an address that others can reach needs api_key or api_key_file"
         )
+    for origin in settings.cors_allow_origins:
+        if not ORIGIN.fullmatch(origin):
+            raise SettingsError(
+                f"cors_allow_origins is {origin!r}; each must be like https://example.org, without a path"
+            )
     _check_rate_limit(settings.rate_limit)
     if not settings.root.is_dir():
         raise SettingsError(f"root is {str(settings.root)!r}; it must be a folder")
