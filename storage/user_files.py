@@ -15,7 +15,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from types import NoneType
+from typing import Any, BinaryIO
 
 from storage.documents import BINARY, MAX_LINE_BYTES, pieces, scan, sources
 from storage.errors import BadName, NotFound, NotLoadable, StorageError, TooLarge
@@ -48,6 +49,8 @@ ARCHIVES = BINARY | {
 TAR_MAGIC, TAR_AT = b"ustar", 257
 TEXT, JSONL, OTHER = "text.txt", "documents.jsonl", "content"  # how the bytes of each kind are stored
 DESCRIPTION = "file.json"
+KINDS: dict[str, Any] = {"created": (int, float), "bytes": int, "status_details": (str, NoneType)}
+KINDS |= dict.fromkeys(("filename", "purpose", "stored_as", "status"), str)  # what the description holds
 MAX_FILENAME = 255
 COPY_BYTES = 2**20
 SHOWN_FAULTS = 5
@@ -79,10 +82,11 @@ class UserFile:
     def read(cls, folder: Path) -> "UserFile":
         """Return the file in a folder. Raises NotFound, NotLoadable."""
         found = read_json(folder / DESCRIPTION)
-        try:
-            return cls(folder, **found)
-        except TypeError:
-            raise NotLoadable(f"{folder.name} has a damaged description") from None
+        if not isinstance(found, dict) or found.keys() - KINDS.keys():
+            found = {}
+        if not all(isinstance(found.get(name), kind) for name, kind in KINDS.items()):
+            raise NotLoadable(f"{folder.name} has a damaged description")
+        return cls(folder, **found)
 
     def open(self) -> BinaryIO:
         """Open the bytes for reading."""

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import gzip
 import io
+import json
 import tarfile
 import threading
 from pathlib import Path
@@ -273,6 +274,23 @@ def test_of_several_requests_that_delete_a_file_one_does(server):
     user_files.delete(server.workspace, file)
     with pytest.raises(NotFound, match=file.id):
         user_files.delete(server.workspace, file)
+
+
+@pytest.mark.parametrize("value", ["x", None, [1], {}])
+@pytest.mark.parametrize("name", ["created", "bytes", "filename", "stored_as", "status", "status_details", "odd"])
+def test_a_file_with_a_damaged_description_hides_no_other(server, name, value):
+    good, bad = upload(server)["id"], upload(server)["id"]
+    description = server.workspace.root / "state" / "files" / bad / "file.json"
+    description.write_text(json.dumps(json.loads(description.read_text()) | {name: value}))
+    assert good in ids(server.get("/v1/files"))
+    assert server.get(f"/v1/files/{bad}").status_code in (200, 422)
+
+
+def test_half_of_a_surrogate_pair_in_a_description_is_told_as_something_else(server):
+    file = upload(server)["id"]
+    description = server.workspace.root / "state" / "files" / file / "file.json"
+    description.write_text(json.dumps(json.loads(description.read_text()) | {"filename": "é\ud800.jsonl"}))
+    assert server.get(f"/v1/files/{file}").json["filename"] == "é?.jsonl"
 
 
 def test_an_upload_to_a_disk_that_cannot_be_written_is_refused(server, monkeypatch):

@@ -17,6 +17,11 @@ def finite(value: Any) -> Any:
     return value
 
 
+def encodable(text: str) -> str:
+    """Return `text` with a question mark for each half of a surrogate pair, which UTF-8 does not have."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
+
+
 class JsonReplies(DefaultJSONProvider):
     """Flask's JSON, strict."""
 
@@ -27,6 +32,7 @@ class JsonReplies(DefaultJSONProvider):
     def dumps(self, obj: Any, **kwargs: Any) -> str:
         """Return `obj` as JSON."""
         try:
-            return super().dumps(obj, allow_nan=False, **kwargs)
+            text = super().dumps(obj, allow_nan=False, **kwargs)
         except ValueError:
-            return super().dumps(finite(obj), allow_nan=False, **kwargs)
+            text = super().dumps(finite(obj), allow_nan=False, **kwargs)
+        return encodable(text)

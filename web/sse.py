@@ -15,6 +15,7 @@ from flask import Response, request
 from web.client import ClientGone
 from web.context import Context
 from web.errors import problem_of
+from web.json_replies import encodable
 from web.pump import SENDER, paced, written
 
 PING = ": ping\n\n"
@@ -28,7 +29,7 @@ _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 def frame(event: dict[str, Any]) -> str:
     """Return one event as a frame; JSON has no line breaks of its own."""
-    return f"data: {_encode(event)}\n\n"
+    return f"data: {encodable(_encode(event))}\n\n"
 
 
 def frames(events: Events, openai: bool = False) -> Iterator[str]:

@@ -14,7 +14,7 @@ from training.fine_tuning import job_id
 from training.local_backend import LocalBackend
 from web.settings import Settings
 
-ODD = ("x", [1], 10**400)
+ODD = ("\ud800", [1], 10**400)
 STATUS = {"state": "succeeded", "created": 1.0, "started": 1.0, "finished": 2.0, "priority": 0, "order": 0}
 ROW = {"iter_num": 5, "loss": 1.5, "train_loss": 1.5, "val_loss": 1.5, "val_bits_per_byte": 2.0, "time": 1.0}
 FILES = {
