@@ -8,11 +8,12 @@ import argparse
 import platform
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from bench.contestant import serve
+from inference.backend import ServedModel
 from inference.build import RunnerOptions, build_runner
 from inference.decode_graphs import recorder
 from inference.engine import Engine
@@ -24,6 +25,9 @@ from storage.pretrained import StoredModel
 from storage.registry import ModelReference
 from storage.runs import Workspace
 
+if TYPE_CHECKING:
+    from inference.loading import Builder
+
 
 def torch_runner(model: GPT | StoredModel, options: RunnerOptions) -> tuple[Any, str]:
     """Build the torch runner also where the native one would serve."""
@@ -33,21 +37,46 @@ def torch_runner(model: GPT | StoredModel, options: RunnerOptions) -> tuple[Any,
     return TorchRunner(whole, options.slots, device, dtype, recorder(device)), "asked for by the benchmark"
 
 
+def engine_of(
+    folder: Path,
+    dtype: str,
+    threads: int,
+    *,
+    device: str = "cpu",
+    slots: int = 16,
+    prefill_tokens: int = 2048,
+    build: "Builder" = build_runner,
+) -> tuple[Engine, ServedModel]:
+    """Return an engine without speculation that has loaded the folder's model, and the model as it serves.
+
+    Random weights write in loops: drafts would be right far more often than in real text.
+    """
+    torch.set_num_threads(threads)
+    engine = Engine(
+        Workspace(folder.parent),
+        device=device,
+        dtype=dtype,
+        slots=slots,
+        threads=threads,
+        prefill_tokens=prefill_tokens,
+        speculation=False,
+        loader=open_model,
+        build=build,
+    )
+    return engine, engine.load(ModelReference("random", "folder", folder, "random"))
+
+
 def prepare(args: argparse.Namespace) -> tuple[str, Callable[[list[list[int]], int], float]]:
     """Load the model into an engine; return versions and the work."""
-    torch.set_num_threads(args.threads)
-    engine = Engine(
-        Workspace(args.folder.parent),
+    engine, served = engine_of(
+        args.folder,
+        args.dtype,
+        args.threads,
         device=args.device,
-        dtype=args.dtype,
         slots=args.slots,
-        threads=args.threads,
         prefill_tokens=args.prefill_tokens,
-        speculation=False,  # random weights write in loops: drafts would be right far more often than in real text
-        loader=open_model,
         build=torch_runner if args.runner == "torch" else build_runner,
     )
-    served = engine.load(ModelReference("random", "folder", args.folder, "random"))
 
     def work(prompts: list[list[int]], new: int) -> float:
         params = SamplingParams(max_new_tokens=new, temperature=0.0, ignore_eos=True)

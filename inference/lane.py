@@ -55,6 +55,7 @@ class Lane:
         self._beat, self._undisturbed = beat, undisturbed
         self._begun: Step | None = None  # what the runner may be computing
         self._begun_at = 0.0
+        self._known_at = 0.0  # when the tokens of the last step were known
         self._foreseen = False  # it has begun the next step before that was made
         positions = runner.slots * whole_blocks(runner.block_size)
         if cache_memory is not None:
@@ -99,6 +100,7 @@ class Lane:
         embedding = self.scheduler.next_embedding(decoding=step is not None and step.decoding > 0)
         if embedding is not None:
             self._embed(embedding)
+            self._known_at = time.monotonic()  # what it has lasted is no part of the next step
         return tokens
 
     def _generate(self, step: Step, started: float) -> int:
@@ -107,7 +109,9 @@ class Lane:
         except Exception:
             logger.exception("a step of %d sequences failed; each is tried alone", len(step.shares))
             return sum(self._step_alone(share) for share in step.shares if not share.over)
-        self.scheduler.budget.observe(step.decoding, step.prefilled, time.monotonic() - started)
+        since, self._known_at = self._known_at if step.decoding else started, time.monotonic()
+        if not step.drafts:  # with drafts it lasts longer, for more tokens
+            self.scheduler.budget.observe(step.decoding, step.prefilled, self._known_at - since)
         for share, tokens in zip(step.shares, chosen, strict=True):
             if share.draft and not share.over:
                 self.scheduler.speculation.learn(share.sequence, len(share.draft), len(tokens) - 1)

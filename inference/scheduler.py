@@ -1,21 +1,19 @@
 """Who computes what in the next step: waiting and running sequences, and the rows they want.
 
 A sequence waits, then runs in a slot until it is removed. A step carries one token of every
-sequence that decodes, with its draft where rows are to spare, and a bounded number of prompt tokens of those in
-prefill, so that a long prompt does not stall running streams. Pure Python, no torch; owned by the engine's thread.
+sequence that decodes, with its draft where rows are to spare, and as many prompt tokens of those in prefill as
+budget.py grants. Pure Python, no torch; owned by the engine's thread.
 """
 
 from collections import Counter, deque
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
+from inference.budget import PrefillBudget
 from inference.sequence import Sequence, Token
 from inference.slots import Slots
 from inference.speculation import Speculation
 
-LEAST_PREFILL = 16  # prompt tokens per step at least: fewer cost a step nearly as much
-FIRST_PREFILL = 16  # as long as nothing was measured: a second or two of a large model on a small CPU
-LONGEST_STEP = 0.5  # seconds: what arrives or leaves meanwhile waits for the step to end
 LOGPROB_PREFILL = 128  # at most this many with prompt log-probabilities: each wants a row of logits
 
 
@@ -97,41 +95,14 @@ class Step:
         return sum(share.decodes for share in self.shares)
 
     @property
+    def drafts(self) -> bool:
+        """Say whether some of its rows are drafted tokens."""
+        return any(share.draft for share in self.shares)
+
+    @property
     def prefilled(self) -> int:
         """Return how many prompt tokens are computed."""
         return sum(share.count for share in self.shares if not share.decodes)
-
-
-class PrefillBudget:
-    """How many prompt tokens a step may carry: while others decode, what makes it last about two decode steps.
-
-    Durations are measured as the engine runs, since a prompt token costs a tenth of a decode step on a
-    small CPU and nothing on a GPU. With nobody to hold up, a step carries `most`, or half a second's worth:
-    so, too, when those who decode have had their first token only, as when many requests come together.
-    """
-
-    def __init__(self, most: int):
-        self.most = most
-        self._decode_seconds = 0.0  # of a step that only decodes
-        self._seconds = self._tokens = 0.0  # that prompts took of late, and their tokens
-
-    def tokens(self, decoding: bool) -> int:
-        """Return the budget of the next step."""
-        if self._tokens == 0.0 or (decoding and self._decode_seconds == 0.0):
-            return min(FIRST_PREFILL, self.most)
-        seconds = self._decode_seconds if decoding else LONGEST_STEP
-        fits = int(seconds * self._tokens / self._seconds)
-        return min(max(fits, LEAST_PREFILL), self.most)
-
-    def observe(self, decoded: int, prefilled: int, seconds: float) -> None:
-        """Learn from a step of `decoded` and `prefilled` tokens; later steps weigh more."""
-        if prefilled == 0:
-            old = self._decode_seconds or seconds
-            self._decode_seconds = 0.8 * old + 0.2 * seconds
-        elif decoded == 0 or self._decode_seconds > 0.0:
-            rest = seconds - self._decode_seconds if decoded else seconds
-            self._seconds = 0.8 * self._seconds + max(rest, 1e-6)
-            self._tokens = 0.8 * self._tokens + prefilled
 
 
 class Scheduler:
@@ -188,7 +159,9 @@ class Scheduler:
         drafts = {} if prefill else self.speculation.drafts(sequence for _, sequence in decode)
         for slot, sequence in sorted(decode, key=lambda pair: pair[0]):  # runners like neighbouring slots
             step.add(sequence, slot, 1, drafts.get(sequence, ()))
-        left = self.budget.tokens(decoding=any(len(s.output_ids) > 1 for _, s in decode))
+        # nobody is held up who has had no more than a first token: such requests have come together
+        streams = any(len(s.output_ids) > 1 for _, s in decode)
+        left = 0 if not prefill else self.budget.beside(len(decode)) if streams else self.budget.alone()
         for sequence, slot in prefill:
             count = min(left, len(sequence.prompt_ids) - sequence.computed)
             if sequence.params.prompt_logprobs:
@@ -200,7 +173,7 @@ class Scheduler:
 
     def next_embedding(self, decoding: bool) -> Step | None:
         """Return the rows of sequences that embed: a step of their own, bounded as prompts beside others are."""
-        step, left = Step(), self.budget.tokens(decoding)
+        step, left = Step(), self.budget.embedding(decoding)
         for sequence in self.running:
             if sequence.embeds and sequence.slot is not None and left > 0:
                 count = min(left, len(sequence.prompt_ids) - sequence.computed)

@@ -10,6 +10,7 @@ from bench import bench_gpu, peer_llama
 from bench.bench_generate import COLUMNS, Lineup, measure, ours, pairs, report
 from bench.bench_native import row
 from bench.bench_quality import windows, with_channels_far_out
+from bench.bench_waiting import Gaps, percentile, waiting
 from bench.contestant import Absent, Process, Result
 from bench.measure import Figure, comparison
 from bench.reference_model import model_folder, prompts
@@ -147,3 +148,16 @@ def test_the_gpu_benchmark_compares_with_what_is_present_and_with_the_aims(
     assert "| ours bf16 | " in said and "3 requests, tokens/s" in said and "these figures mean nothing" in said
     assert bench_gpu.verdict("1", Figure([2.0, 4.0, 3.0]), 3).endswith("aim 3: holds.")
     assert bench_gpu.verdict("1", Figure([2.0, 4.0, 3.0]), 3.5).endswith("aim 3.5: does not hold.")
+
+
+def test_waiting_is_measured_beside_a_prompt_and_without(tmp_path: Path) -> None:
+    gaps = waiting(model_folder(tmp_path, small=True), "fp32", [2], rounds=1, length=40, threads=1)[2]
+    assert len(gaps.without) >= 50 and gaps.beside and gaps.first_token_ms.median > 0
+    assert percentile(sorted(gaps.without), 50) == pytest.approx(1, rel=0.5)
+
+
+def test_a_line_of_waiting_tells_the_median_the_last_percent_and_the_worst() -> None:
+    gaps = Gaps(Figure([4.0]), [1.0] * 99 + [3.0], [1.5] * 3 + [2.5], Figure([700.0]))
+    expected = "| int8, 1 | 4.0 (4.0-4.0) | 1.00, 3.00 | 1.50 | 2.50, 2.50 | 25.0 % of 4 | 700 (700-700) |"
+    assert gaps.row("int8, 1") == expected
+    assert [percentile([4, 1, 3, 2], percent) for percent in (1, 50, 75, 100)] == [1, 2, 3, 4]

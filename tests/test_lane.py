@@ -60,7 +60,7 @@ def join(lane: Lane, prompt: int, n: int) -> Sequence:
     return sequence
 
 
-def test_a_prompt_of_1000_tokens_holds_running_streams_up_by_about_one_step(runner: TimedRunner) -> None:
+def test_a_prompt_of_1000_tokens_makes_no_running_stream_wait_more_than_two_ordinary_steps(runner: TimedRunner) -> None:
     it = lane(runner)
     for _ in range(4):
         join(it, 20, 500)
@@ -71,7 +71,7 @@ def test_a_prompt_of_1000_tokens_holds_running_streams_up_by_about_one_step(runn
     while not long.output_ids:
         it.step()
     mixed = [seconds for _, seconds in runner.steps[before + 1 :]]
-    assert max(mixed) <= 2.2 * DECODE and len(mixed) <= 60
+    assert max(mixed) < 2 * DECODE and len(mixed) <= 90
 
 
 def test_with_nobody_to_hold_up_a_prompt_goes_in_steps_of_half_a_second(runner: TimedRunner) -> None:
