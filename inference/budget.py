@@ -8,7 +8,7 @@ Python, no torch; owned by the engine's thread.
 from collections import deque
 from statistics import median
 
-AIM = 1.7  # ordinary steps that one with prompt tokens lasts, so that no stream waits more than two though steps vary
+AIM = 1.75  # ordinary steps that one with prompt tokens lasts, so that no stream waits more than two though steps vary
 STEADY = 16  # steps with prompt tokens after which an ordinary one is measured again
 LONGEST_STEP = 0.5  # seconds: what arrives or leaves meanwhile waits for the step to end
 FIRST = 16  # tokens with nobody to hold up, before any were measured: a second or two of a large model on a small CPU
