@@ -16,7 +16,7 @@ from storage.errors import NotFound
 from storage.files import open_to_append, opened, replace_file, write_all
 
 TAIL_BYTES = 2**18  # about a thousand rows
-TEXTS = ("note", "checkpoint_error", "prompt", "text")  # columns; all others are numbers
+TEXTS = frozenset(("note", "checkpoint_error", "prompt", "text"))  # columns; all others are numbers
 HUGE = 1e100
 
 
@@ -51,9 +51,13 @@ def append_whole(path: Path, line: bytes) -> None:
 
 def _is_sound(name: str, value: Any) -> bool:
     """Say whether a column's value has its type, and if a number, a size that can be computed with."""
-    if value is None or isinstance(value, str):
-        return value is None or name in TEXTS
-    return isinstance(value, int | float) and name not in TEXTS and abs(value) < HUGE
+    if name in TEXTS:
+        return value is None or isinstance(value, str)
+    return value is None or (isinstance(value, (int, float)) and -HUGE < value < HUGE)
+
+
+def _sound(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if _is_sound(name, value)}
 
 
 def _shown(path: Path) -> str:
@@ -66,10 +70,7 @@ def _rows(lines: Iterator[bytes]) -> Iterator[dict[str, Any]]:
             row = json.loads(line)
         except ValueError:  # cut short by a crash, or still being written
             continue
-        if not isinstance(row, dict):
-            continue
-        row = {name: value for name, value in row.items() if _is_sound(name, value)}
-        if isinstance(row.get("iter_num"), int):
+        if isinstance(row, dict) and isinstance(row.get("iter_num"), int) and _is_sound("iter_num", row["iter_num"]):
             yield row
 
 
@@ -85,7 +86,7 @@ def read(path: Path, after: int | None = None, limit: int | None = None) -> list
                 if limit is not None and len(found) >= limit:
                     break
                 if after is None or row["iter_num"] > after:
-                    found.append(row)
+                    found.append(_sound(row))
     except NotFound:
         return []
     return found
@@ -106,7 +107,7 @@ def last(path: Path) -> dict[str, Any]:
     newest: dict[str, Any] = {}
     for row in _rows(iter(tail.splitlines())):
         newest.update(row)
-    return newest
+    return _sound(newest)
 
 
 def cut(path: Path, iter_num: int) -> None:
