@@ -62,7 +62,7 @@ class PrefillBudget:
             self._tokens = 0.8 * self._tokens + prefilled
         elif prefilled == 0:
             self._learn_ordinary(decoded, seconds)
-        elif self._ordinary > 0.0:
+        elif self._same(decoded):
             self._learn_width(prefilled, seconds)
 
     def _same(self, rows: int) -> bool:

@@ -129,6 +129,15 @@ def test_fewer_streams_have_shorter_steps_in_which_fewer_tokens_fit() -> None:
     assert all(lasted <= BOUND for _, lasted in prefill(budget, shared, 1))
 
 
+def test_a_step_of_other_rows_tells_nothing_of_what_these_can_spare() -> None:
+    budget = PrefillBudget(most=512)
+    budget.observe(15, 0, 0.012)
+    budget.observe(15, 1, 0.013)
+    budget.observe(1, 1, 0.004)  # requests that have come together, after the streams
+    budget.observe(15, 2, 0.014)
+    assert budget.beside(15) == 3
+
+
 def test_the_end_of_a_prompt_does_not_widen_what_the_next_one_gets() -> None:
     budget = PrefillBudget(most=512)
     prefill(budget, even, 4)
