@@ -21,7 +21,7 @@ template <class E> struct Head {
 
     // Fetch what lies where `n` numbers do that are read now, but in the next head, into the second cache: decode reads
     // each head once, too little at once for the processor to see it coming (2 to 4 % of a step of 16 rows).
-    void fetch_next(const E *now, long n) const {
+    [[gnu::always_inline]] void fetch_next(const E *now, long n) const {
         for (long i = 0; i < n; i += 64 / (long)sizeof(E)) _mm_prefetch((const char *)(now + ahead + i), _MM_HINT_T1);
     }
 

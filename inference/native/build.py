@@ -18,10 +18,11 @@ from inference.native.machine import cpu_flags
 
 HERE = Path(__file__).parent
 NEEDED = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c")  # without these the step cannot be built
-USEFUL = {  # these make bf16 and int8 fast
+USEFUL = {  # these make it fast
     "avx512_bf16": "-mavx512bf16",
     "avx512_vnni": "-mavx512vnni",
     "avx512vbmi": "-mavx512vbmi",
+    "3dnowprefetch": "-mprfchw",
 }
 FLAGS = (
     "-std=c++20",

@@ -155,6 +155,15 @@ struct Output {
     long stride;
     Then then;
     const Input *next = nullptr;
+
+    // Fetch, to be written, where a tile's outputs of a panel go, whose lines another core has read or written last, while
+    // the tile is multiplied: prompts are 1.03 times as fast. (A call of its own gcc 12 leaves out, as one without effect.)
+    template <int KIND> [[gnu::always_inline]] void fetch(long panel, long first, long lines) const {
+        if (alone(KIND) && next)
+            for (long k = 0; k < 16 * lines; k += 16) __builtin_prefetch(next->line<KIND>(first) + panel * 16 * lines + k, 1);
+        else
+            for (long k = 0; k < 2 * lines; k++) __builtin_prefetch(at + (first + k / 2) * stride + panel * PANEL + k % 2 * 16, 1);
+    }
 };
 
 // One panel's 32 outputs for every line of `in`.
@@ -171,6 +180,7 @@ void product(const Matrix &m, const Input &in, long panel, const Output &out, co
         const long first = in.first(t), end = in.first(t + 1), turns = steps * 128 / unpacked(KIND);
         const Fetch ahead = n > 1 ? Fetch{next + t * (next - w) / n, (next - w) / n / turns} : Fetch{w + (in.count > (KIND == COMPACT ? 2 : 4) ? FAR : NEAR), turn(KIND)};
         const Fetch after = n > 1 && !later.addresses.empty() ? later.part(panel * n + t, tiles, turns) : Fetch{nullptr, 0};
+        out.fetch<KIND>(panel, first, end - first);
         TILES<KIND>[end - first - 1](w, steps, in.line<KIND>(first), rest, ahead, after, sum);
         for (long i = first; i < end; i++) {
             Vec v[2];
