@@ -1,11 +1,14 @@
 """Waiting: how long running streams wait for their next token while the engine computes a long prompt beside them.
 
     .venv/bin/python -m bench.bench_waiting [--dtype bf16,int8] [--streams 1,4,15] [--rounds 5] [--prompt 1000]
+    .venv/bin/python -m bench.bench_waiting --churn 15 [--apart 40] [--prompt 64] [--new 64] [--seconds 10]
 
 GPT-2 124M with random weights, in an engine without HTTP. In each round so many streams run alone for a while, then a
 prompt comes, and they go on alone. Gaps between tokens are told in ordinary steps: the median gap of the same streams
 without the prompt, before and after, since steps get longer with the streams. A machine that others use, or a virtual
 one, has long gaps of its own: those without the prompt are beside those with it.
+
+With `--churn` so many clients each send request after request, and begin some milliseconds apart.
 """
 
 import argparse
@@ -128,17 +131,64 @@ def waiting(folder: Path, dtype: str, streams: list[int], rounds: int, length: i
     return found
 
 
+def churn(folder: Path, dtype: str, args: argparse.Namespace) -> str:
+    """Let clients send request after request for a while; return a line of the table."""
+    engine, served = engine_of(folder, dtype, args.threads, slots=args.churn)
+    first = prompts(args.churn, args.prompt, served.vocab_size, 0)
+    seen: list[tuple[float, list[float]]] = []  # when a request came, and its tokens
+
+    def client(number: int) -> None:
+        time.sleep(number * args.apart / 1e3)
+        seed, ids = 10**6 * (1 + number), first[number]
+        while (came := time.perf_counter()) < end:
+            generation = engine.submit(served, ids, tokens(args.new))
+            seed, ids = seed + 1, prompts(1, args.prompt, served.vocab_size, seed)[0]
+            seen.append((came, [time.perf_counter() for _ in generation]))
+
+    try:
+        full = [engine.submit(served, ids, tokens(1)) for ids in prompts(args.churn, 512, served.vocab_size, -1)]
+        for generation in full:  # as in `waiting`
+            generation.wait_end(600)
+        begin = time.perf_counter()
+        end = begin + args.seconds
+        clients = [threading.Thread(target=client, args=(number,)) for number in range(args.churn)]
+        for thread in clients:
+            thread.start()
+        for thread in clients:
+            thread.join()
+    finally:
+        engine.close(0.0)
+    rate = sum(len(times) for _, times in seen) / (max(times[-1] for _, times in seen) - begin)
+    waited = [1e3 * (times[0] - came) for came, times in seen if came > begin + args.seconds / 5]
+    gaps = [1e3 * (b - a) for _, times in seen for a, b in pairwise(times)]
+    return (
+        f"| {dtype}, {args.prompt} + {args.new}, {args.apart:g} ms apart | {rate:.0f} | {median(waited):.0f} "
+        f"| {percentile(waited, 95):.0f} | {median(gaps):.1f} | {percentile(gaps, 99):.1f} |"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", default="bf16,int8")
     parser.add_argument("--streams", default="1,4,15")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--prompt", type=int, default=1000, help="its tokens")
+    parser.add_argument("--prompt", type=int, help="its tokens: 1000, with --churn 64")
+    parser.add_argument("--churn", type=int, default=0, help="clients that send request after request")
+    parser.add_argument("--apart", type=float, default=40.0, help="milliseconds from one's first request to the next's")
+    parser.add_argument("--new", type=int, default=64, help="tokens that clients ask for")
+    parser.add_argument("--seconds", type=float, default=10.0, help="for which clients send")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--small", action="store_true", help="a small model, to try the benchmark itself")
     args = parser.parse_args()
     folder, streams = model_folder(WORK, args.small), list(map(int, args.streams.split(",")))
+    args.prompt = args.prompt or (64 if args.churn else 1000)
     print(f"{machine()}\n")
+    if args.churn:
+        print("| precision, request | tokens/s | first token, ms: median | p95 | gap, ms: median | p99 |")
+        print("|---|---|---|---|---|---|")
+        for dtype in args.dtype.split(","):
+            print(churn(folder, dtype, args), flush=True)
+        return
     print(
         "| precision, streams | ordinary step, ms | without the prompt: p99, worst | beside it: median | p99, worst "
         f"| beyond {BOUND:g} | its first token, ms |\n|---|---|---|---|---|---|---|"

@@ -100,6 +100,11 @@ def test_a_step_that_the_machine_has_held_up_makes_no_other_longer(odd: int, tim
     assert all(lasted <= BOUND for step, (_, lasted) in enumerate(steps) if step != odd)
 
 
+def test_where_tokens_come_to_cost_more_one_step_is_too_long() -> None:
+    lasted = prefill(PrefillBudget(most=512), lambda rows, tokens, at: 8 + (0.5 if at < 400 else 1.0) * tokens, 15)
+    assert sum(each > BOUND for _, each in lasted) == 1
+
+
 def test_on_a_machine_that_gets_twice_as_slow_prompts_soon_get_their_share_again() -> None:
     steps = prefill(PrefillBudget(most=512), even, 4, lambda step: 1.0 if step < 40 else 2.0, prompt=2000)
     assert all(tokens >= 5 or not tokens for tokens, _ in steps[40 + 4 * STEADY : -1])
