@@ -12,6 +12,7 @@ AIM = 1.75  # ordinary steps that one with prompt tokens lasts, so that no strea
 STEADY = 16  # steps with prompt tokens after which an ordinary one is measured again
 LONGEST_STEP = 0.5  # seconds: what arrives or leaves meanwhile waits for the step to end
 FIRST = 16  # tokens with nobody to hold up, before any were measured: a second or two of a large model on a small CPU
+LEAST, LEAST_SECONDS = 16, 0.001  # tokens that a step carries in any case, if alone they last no longer than this
 LEAST_EMBEDDED = 16  # tokens: a step that embeds reads all weights for itself, so that fewer cost nearly as much
 
 
@@ -39,7 +40,7 @@ class PrefillBudget:
         """Return the prompt tokens of a step in which so many rows decode; 0 where it is to be an ordinary one."""
         if self._steady == 0 or not self._same(rows):
             return 0
-        return min(self._tokens_now(), self.most)
+        return min(max(self._tokens_now(), self._least()), self.most)
 
     def alone(self) -> int:
         """Return the prompt tokens of a step that holds up nobody."""
@@ -72,6 +73,10 @@ class PrefillBudget:
     def _tokens_now(self) -> int:
         """Return the width: of ordinary steps that are half as long now, half of what was found."""
         return max(1, int(self._width * min(1.0, self._ordinary / self._found)))
+
+    def _least(self) -> int:
+        """Return how many are granted in any case: a small model's steps vary by more than they cost."""
+        return min(LEAST, self._worth(LEAST_SECONDS)) if self._tokens else 1
 
     def _worth(self, seconds: float) -> int:
         """Return how many tokens last so long in a step of their own."""

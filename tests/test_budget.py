@@ -169,3 +169,15 @@ def test_a_step_that_embeds_lasts_as_long_as_one_that_decodes_or_carries_as_many
     budget.observe(3, 0, 0.005)
     assert (budget.embedding(decoding=True), budget.embedding(decoding=False)) == (50, 512)
     assert PrefillBudget(most=4).embedding(decoding=True) == 4
+
+
+@pytest.mark.parametrize(("seconds_alone", "least"), [(0.0032, 16), (0.03, 2)])
+def test_what_takes_a_millisecond_is_computed_though_steps_last_longer_than_they_should(
+    seconds_alone: float, least: int
+) -> None:
+    budget = PrefillBudget(most=512)
+    budget.observe(0, 64, seconds_alone)
+    budget.observe(4, 0, 0.001)
+    for _ in range(8):
+        assert budget.beside(4) == least
+        budget.observe(4, least, 0.01)

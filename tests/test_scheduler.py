@@ -128,7 +128,7 @@ def test_removing_a_stranger_is_an_error() -> None:
 
 def test_requests_that_come_together_do_not_wait_for_the_second_tokens_of_the_first() -> None:
     scheduler = scheduler_of(slots=3, prefill_tokens=40)
-    scheduler.budget.observe(0, 1000, 0.099)
+    scheduler.budget.observe(0, 1000, 0.99)
     for _ in range(3):
         scheduler.add(sequence(40))
     steps = []
