@@ -75,8 +75,8 @@ class PrefillBudget:
         return max(1, int(self._width * min(1.0, self._ordinary / self._found)))
 
     def _least(self) -> int:
-        """Return how many are granted in any case: a small model's steps vary by more than they cost."""
-        return min(LEAST, self._worth(LEAST_SECONDS)) if self._tokens else 1
+        """Return how many are granted in any case, also before any were alone: a small model's steps vary by more."""
+        return min(LEAST, self._worth(LEAST_SECONDS))
 
     def _worth(self, seconds: float) -> int:
         """Return how many tokens last so long in a step of their own."""

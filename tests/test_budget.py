@@ -54,10 +54,17 @@ def prefill(
     return steps
 
 
+def of_large_model() -> PrefillBudget:
+    """Return a budget that has seen what a prompt alone takes: a second for each of its tokens."""
+    budget = PrefillBudget(most=512)
+    budget.observe(0, 64, 64.0)
+    return budget
+
+
 @pytest.mark.parametrize("rows", [1, 4, 15])
 @pytest.mark.parametrize("machine", [even, shared, flat])
 def test_no_stream_waits_more_than_two_ordinary_steps_while_a_prompt_is_computed(machine: Machine, rows: int) -> None:
-    budget = PrefillBudget(most=512)
+    budget = of_large_model()
     for _ in range(3):  # the first one finds the width, the next ones begin with it
         assert max(lasted for _, lasted in prefill(budget, machine, rows)) <= BOUND
 
@@ -65,21 +72,21 @@ def test_no_stream_waits_more_than_two_ordinary_steps_while_a_prompt_is_computed
 @pytest.mark.parametrize("rows", [1, 4, 15])
 @pytest.mark.parametrize("machine", [even, shared])
 def test_prompts_get_nearly_all_that_streams_can_spare(machine: Machine, rows: int) -> None:
-    budget = PrefillBudget(most=512)
+    budget = of_large_model()
     prefill(budget, machine, rows)
     lasted = sorted(lasted for tokens, lasted in prefill(budget, machine, rows) if tokens)
     assert AIM - 0.15 < lasted[len(lasted) // 2] < AIM + 0.05
 
 
 def test_where_tokens_cost_nothing_a_step_soon_carries_all_it_may() -> None:
-    budget = PrefillBudget(most=512)
+    budget = of_large_model()
     tokens = [tokens for tokens, _ in prefill(budget, flat, 1, prompt=20000) if tokens]
     assert 512 in tokens[:30] and set(tokens[30:-1]) <= {512}
 
 
 @given(tile=st.floats(0.05, 1.0), rows=st.integers(1, 16))
 def test_where_rows_come_in_tiles_one_tile_too_many_is_seldom_tried(tile: float, rows: int) -> None:
-    lasted = [lasted for _, lasted in prefill(PrefillBudget(most=512), tiled(tile), rows)]
+    lasted = [lasted for _, lasted in prefill(of_large_model(), tiled(tile), rows)]
     assert max(lasted) <= max(AIM + tile, BOUND) + 1e-9
     assert sum(each > BOUND for each in lasted) <= 1 + len(lasted) / 8
 
@@ -88,35 +95,33 @@ def test_where_rows_come_in_tiles_one_tile_too_many_is_seldom_tried(tile: float,
 @given(seed=st.integers(0, 10**6), rows=st.sampled_from([1, 4, 15]), machine=st.sampled_from([even, shared, flat]))
 def test_steps_that_vary_by_some_percent_stay_below_two(seed: int, rows: int, machine: Machine) -> None:
     rng = random.Random(seed)
-    lasted = [
-        lasted for _, lasted in prefill(PrefillBudget(most=512), machine, rows, lambda _: rng.uniform(0.95, 1.05))
-    ]
+    lasted = [lasted for _, lasted in prefill(of_large_model(), machine, rows, lambda _: rng.uniform(0.95, 1.05))]
     assert sum(each > BOUND for each in lasted) <= 0.02 * len(lasted) and max(lasted) < BOUND + 0.15
 
 
 @given(odd=st.integers(-9, 60), times=st.floats(2.0, 20.0), rows=st.sampled_from([1, 4, 15]))
 def test_a_step_that_the_machine_has_held_up_makes_no_other_longer(odd: int, times: float, rows: int) -> None:
-    steps = prefill(PrefillBudget(most=512), shared, rows, lambda step: times if step == odd else 1.0)
+    steps = prefill(of_large_model(), shared, rows, lambda step: times if step == odd else 1.0)
     assert all(lasted <= BOUND for step, (_, lasted) in enumerate(steps) if step != odd)
 
 
 def test_where_tokens_come_to_cost_more_one_step_is_too_long() -> None:
-    lasted = prefill(PrefillBudget(most=512), lambda rows, tokens, at: 8 + (0.5 if at < 400 else 1.0) * tokens, 15)
+    lasted = prefill(of_large_model(), lambda rows, tokens, at: 8 + (0.5 if at < 400 else 1.0) * tokens, 15)
     assert sum(each > BOUND for _, each in lasted) == 1
 
 
 def test_on_a_machine_that_gets_twice_as_slow_prompts_soon_get_their_share_again() -> None:
-    steps = prefill(PrefillBudget(most=512), even, 4, lambda step: 1.0 if step < 40 else 2.0, prompt=2000)
+    steps = prefill(of_large_model(), even, 4, lambda step: 1.0 if step < 40 else 2.0, prompt=2000)
     assert all(tokens >= 5 or not tokens for tokens, _ in steps[40 + 4 * STEADY : -1])
 
 
 def test_a_token_a_step_goes_on_however_much_it_costs() -> None:
-    steps = prefill(PrefillBudget(most=512), lambda rows, tokens, position: 5 + 50 * tokens, 1, prompt=100)
+    steps = prefill(of_large_model(), lambda rows, tokens, position: 5 + 50 * tokens, 1, prompt=100)
     assert {tokens for tokens, _ in steps} == {0, 1} and len(steps) <= 100 * (1 + 1 / STEADY) + 1
 
 
 def test_an_ordinary_step_is_measured_first_and_after_some_with_prompts_and_for_other_numbers_of_rows() -> None:
-    budget = PrefillBudget(most=512)
+    budget = of_large_model()
     assert budget.beside(4) == 0
     steps = prefill(budget, even, 4)
     assert [step for step, (tokens, _) in enumerate(steps) if not tokens][:3] == [
@@ -129,13 +134,13 @@ def test_an_ordinary_step_is_measured_first_and_after_some_with_prompts_and_for_
 
 
 def test_fewer_streams_have_shorter_steps_in_which_fewer_tokens_fit() -> None:
-    budget = PrefillBudget(most=512)
+    budget = of_large_model()
     prefill(budget, shared, 15)
     assert all(lasted <= BOUND for _, lasted in prefill(budget, shared, 1))
 
 
 def test_a_step_of_other_rows_tells_nothing_of_what_these_can_spare() -> None:
-    budget = PrefillBudget(most=512)
+    budget = of_large_model()
     budget.observe(15, 0, 0.012)
     budget.observe(15, 1, 0.013)
     budget.observe(1, 1, 0.004)  # requests that have come together, after the streams
@@ -144,7 +149,7 @@ def test_a_step_of_other_rows_tells_nothing_of_what_these_can_spare() -> None:
 
 
 def test_the_end_of_a_prompt_does_not_widen_what_the_next_one_gets() -> None:
-    budget = PrefillBudget(most=512)
+    budget = of_large_model()
     prefill(budget, even, 4)
     budget.observe(4, 0, even(4, 0, 0) / 1e3)
     width = budget.beside(4)
