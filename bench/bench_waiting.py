@@ -114,15 +114,20 @@ def one_round(engine: Engine, served: Any, streams: int, length: int, seed: int,
     gaps.first_token_ms.samples.append(prompt.first_token_ms)
 
 
+def touch_cache(engine: Engine, served: Any, slots: int, length: int) -> None:
+    """Fill the slots once, so that the cache has its memory: the first touch would be in the gaps."""
+    full = [engine.submit(served, ids, tokens(1)) for ids in prompts(slots, length, served.vocab_size, -1)]
+    for generation in full:
+        generation.wait_end(600)
+
+
 def waiting(folder: Path, dtype: str, streams: list[int], rounds: int, length: int, threads: int) -> dict[int, Gaps]:
     """Return the gaps of each number of streams, which take turns within each round."""
     slots = max(streams) + 1
     engine, served = engine_of(folder, dtype, threads, slots=slots)
     found = {count: Gaps() for count in streams}
     try:
-        full = [engine.submit(served, ids, tokens(1)) for ids in prompts(slots, length, served.vocab_size, -1)]
-        for generation in full:  # so that the cache has all its memory: its first touch would be in the gaps
-            generation.wait_end(600)
+        touch_cache(engine, served, slots, length)
         for number in range(rounds):
             for count, gaps in found.items():
                 one_round(engine, served, count, length, 100 * number + count, gaps)
@@ -146,9 +151,7 @@ def churn(folder: Path, dtype: str, args: argparse.Namespace) -> str:
             seen.append((came, [time.perf_counter() for _ in generation]))
 
     try:
-        full = [engine.submit(served, ids, tokens(1)) for ids in prompts(args.churn, 512, served.vocab_size, -1)]
-        for generation in full:  # as in `waiting`
-            generation.wait_end(600)
+        touch_cache(engine, served, args.churn, 512)
         begin = time.perf_counter()
         end = begin + args.seconds
         clients = [threading.Thread(target=client, args=(number,)) for number in range(args.churn)]

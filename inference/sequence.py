@@ -281,6 +281,11 @@ class Generation:
         """Return the mean of the prompt's final hidden states; complete once it has finished."""
         return [value / len(self._sequence.prompt_ids) for value in self._sequence.hidden_sum]
 
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Return the ids that end it, of which none belongs to the text."""
+        return self._sequence.stop_ids
+
     def cancel(self) -> None:
         """Ask the engine to stop; a Finished event still comes."""
         self._sequence.cancelled = True

@@ -122,10 +122,8 @@ def _opened(
 ) -> tuple[int, os.stat_result]:
     """Open a regular file, as open_descriptor does; return its descriptor and what is known of it."""
     shown = shown or os.path.basename(name)
-    try:
+    with reading(shown):
         descriptor = os.open(name, _OPEN & ~os.O_NOFOLLOW if follow else _OPEN, dir_fd=folder)
-    except OSError as e:
-        raise _explain(e, shown) from None
     try:
         found = os.fstat(descriptor)
         _require_kind(found.st_mode, shown, stat.S_ISREG, "a file")

@@ -82,9 +82,8 @@ class UserFile:
     def read(cls, folder: Path) -> "UserFile":
         """Return the file in a folder. Raises NotFound, NotLoadable."""
         found = read_json(folder / DESCRIPTION)
-        if not isinstance(found, dict) or found.keys() - KINDS.keys():
-            found = {}
-        if not all(isinstance(found.get(name), kind) for name, kind in KINDS.items()):
+        whole = isinstance(found, dict) and found.keys() <= KINDS.keys()
+        if not whole or not all(isinstance(found.get(name), kind) for name, kind in KINDS.items()):
             raise NotLoadable(f"{folder.name} has a damaged description")
         return cls(folder, **found)
 

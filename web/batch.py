@@ -12,7 +12,6 @@ from typing import Any
 
 from inference.backend import ServedModel
 from inference.sequence import NoModel, PromptTooLong, SamplingParams
-from storage.chat_format import ends
 from storage.errors import NotFound
 from storage.files import quoted
 from storage.tokenizer import Tokenizer
@@ -109,7 +108,6 @@ class Batch:
         self._context, self._client = context, client
         self._open, self._stops = True, bool(stops)
         self.completions: list[Completion] = []
-        stop_ids = params.stop_token_ids | (frozenset() if params.ignore_eos else ends(model.tokenizer))
         context.require_engine()
         context.streams.enter()
         try:
@@ -119,7 +117,7 @@ class Batch:
                 generation = context.engine.submit(
                     model, prompts[index // n], own, name, owner=requester(), cache_scope=key_digest()
                 )
-                self.completions.append(Completion(generation, model.tokenizer, stops, stop_ids, index))
+                self.completions.append(Completion(generation, model.tokenizer, stops, generation.stop_ids, index))
         except ValueError as error:
             self.close()
             raise Refused(400, str(error)) from None

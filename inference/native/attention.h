@@ -15,7 +15,7 @@ constexpr long NEIGHBOURS = 4, BLOCK = 32;
 template <class E> struct Head {
     E *first;             // its keys in the first block; the values follow
     long size, stride;    // of the head; from block to block
-    long ahead;           // from here to the head that is read next
+    long ahead = 0;       // from here to the head that is read next
     E *keys(long block) const { return first + block * stride; }
     E *values(long block) const { return keys(block) + BLOCK * size; }
 

@@ -63,7 +63,7 @@ struct Step {
 
     template <class E> Head<E> head_of(long layer, long slot, long head) const {
         const long one = 2 * BLOCK * size, block = m.layers * m.heads * one;
-        return {(E *)m.cache + slot * (span / BLOCK) * block + (layer * m.heads + head) * one, size, block, 0};
+        return {(E *)m.cache + slot * (span / BLOCK) * block + (layer * m.heads + head) * one, size, block};
     }
 
     // Bytes of a layer's keys and values in a block of the cache.
@@ -160,7 +160,8 @@ struct Step {
             return [=, this](long i, float *room) { return norm(x + i * wide, weight, bias, room, C), room; };
         };
         // Many rows are bound by arithmetic in products and by memory in attention: so a layer's keys and values are fetched
-        // during the products before it, in parts as large as these are (7 to 9 % of a step of 16 rows at 100 positions)
+        // during the products before it, in parts as large as these are (7 to 9 % of a step of 16 rows at 100 positions); the
+        // first layer's during the head before, because the next step mostly has the same sequences
         const auto cache_of = [&](long layer, long from, long to) {
             return layer < m.layers ? Later{blocks, layer * layer_bytes(), layer_bytes(), m.threads, from, to} : Later{};
         };
