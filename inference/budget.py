@@ -22,9 +22,9 @@ class PrefillBudget:
     Ordinary steps only decode. While streams run, a step with prompt tokens is to last AIM ordinary ones: it carries
     `_width` tokens, which begins at one, falls at once when a step has lasted longer, and rises slowly when it has not;
     once a step was too long, to what was not. What an ordinary step lasts is measured anew when the rows have changed
-    and after STEADY steps, by one that carries none; then more is tried again. All others carry at least the tokens that
-    would take LEAST_SECONDS alone, up to LEAST: beside a small model's streams they may last longer. With nobody to hold
-    up, a step carries `most`, or half a second's worth.
+    and after STEADY steps, by one that carries none; then more is tried again. All others carry at least the tokens
+    that would take LEAST_SECONDS alone, up to LEAST: beside a small model's streams they may last longer. With nobody
+    to hold up, a step carries `most`, or half a second's worth.
     """
 
     def __init__(self, most: int):
