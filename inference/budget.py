@@ -12,7 +12,7 @@ AIM = 1.75  # ordinary steps that one with prompt tokens lasts, so that no strea
 STEADY = 16  # steps with prompt tokens after which an ordinary one is measured again
 LONGEST_STEP = 0.5  # seconds: what arrives or leaves meanwhile waits for the step to end
 FIRST = 16  # tokens with nobody to hold up, before any were measured: a second or two of a large model on a small CPU
-LEAST, LEAST_SECONDS = 16, 0.001  # tokens that a step carries in any case, if alone they last no longer than this
+SHORTEST = 0.0025  # seconds that an ordinary step counts as at least: a small model's vary by more than they last
 LEAST_EMBEDDED = 16  # tokens: a step that embeds reads all weights for itself, so that fewer cost nearly as much
 
 
@@ -22,9 +22,8 @@ class PrefillBudget:
     Ordinary steps only decode. While streams run, a step with prompt tokens is to last AIM ordinary ones: it carries
     `_width` tokens, which begins at one, falls at once when a step has lasted longer, and rises slowly when it has not;
     once a step was too long, to what was not. What an ordinary step lasts is measured anew when the rows have changed
-    and after STEADY steps, by one that carries none; then more is tried again. All others carry at least the tokens
-    that would take LEAST_SECONDS alone, up to LEAST: beside a small model's streams they may last longer. With nobody
-    to hold up, a step carries `most`, or half a second's worth.
+    and after STEADY steps, by one that carries none; then more is tried again. With nobody to hold up, a step carries
+    `most`, or half a second's worth.
     """
 
     def __init__(self, most: int):
@@ -32,7 +31,7 @@ class PrefillBudget:
         self._recent: deque[float] = deque(maxlen=3)  # seconds of ordinary steps: their median leaves out what was odd
         self._rows, self._ordinary = 0, 0.0  # rows of the last one, and what one lasts
         self._steady = 0  # steps for which that holds
-        self._width, self._found = 1, 1.0  # tokens, and what an ordinary step lasted when they were found
+        self._width, self._found = 1, SHORTEST  # tokens, and what an ordinary step lasted when they were found
         self._fine = 0  # the most tokens that were not too many since the last ordinary step
         self._bound = most  # what may be tried until the next
         self._seconds = self._tokens = 0.0  # that prompts alone have taken of late, and their tokens
@@ -41,7 +40,7 @@ class PrefillBudget:
         """Return the prompt tokens of a step in which so many rows decode; 0 where it is to be an ordinary one."""
         if self._steady == 0 or not self._same(rows):
             return 0
-        return min(max(self._tokens_now(), self._least()), self.most)
+        return min(self._tokens_now(), self.most)
 
     def alone(self) -> int:
         """Return the prompt tokens of a step that holds up nobody."""
@@ -75,10 +74,6 @@ class PrefillBudget:
         """Return the width: of ordinary steps that are half as long now, half of what was found."""
         return max(1, int(self._width * min(1.0, self._ordinary / self._found)))
 
-    def _least(self) -> int:
-        """Return how many are granted in any case, also before any were alone: a small model's steps vary by more."""
-        return min(LEAST, self._worth(LEAST_SECONDS))
-
     def _worth(self, seconds: float) -> int:
         """Return how many tokens last so long in a step of their own."""
         fits = int(seconds * self._tokens / self._seconds) if self._tokens else FIRST
@@ -88,12 +83,12 @@ class PrefillBudget:
         if not self._same(rows):
             self._recent.clear()
         self._recent.append(seconds)
-        self._rows, self._ordinary, self._steady = rows, median(self._recent), STEADY
+        self._rows, self._ordinary, self._steady = rows, max(median(self._recent), SHORTEST), STEADY
         self._fine, self._bound = self._width - 1, self.most
 
     def _learn_width(self, prefilled: int, seconds: float) -> None:
         self._steady = max(self._steady - 1, 0)
-        self._ordinary = min(self._ordinary, seconds)  # without prompt tokens it would have been shorter yet
+        self._ordinary = max(min(self._ordinary, seconds), SHORTEST)  # without prompt tokens: shorter yet
         width, room = self._tokens_now(), (AIM - 1) * self._ordinary
         extra = max(seconds - self._ordinary, 1e-9)
         fits = int(prefilled * room / extra)  # if each token cost the same

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inference.budget import AIM, FIRST, LEAST_EMBEDDED, STEADY, PrefillBudget
+from inference.budget import AIM, FIRST, LEAST_EMBEDDED, SHORTEST, STEADY, PrefillBudget
 
 Machine = Callable[[int, int, int], float]  # rows that decode, prompt tokens, the position of the first -> milliseconds
 
@@ -176,13 +176,23 @@ def test_a_step_that_embeds_lasts_as_long_as_one_that_decodes_or_carries_as_many
     assert PrefillBudget(most=4).embedding(decoding=True) == 4
 
 
-@pytest.mark.parametrize(("seconds_alone", "least"), [(0.0032, 16), (0.03, 2)])
-def test_what_takes_a_millisecond_is_computed_though_steps_last_longer_than_they_should(
-    seconds_alone: float, least: int
-) -> None:
+def test_where_ordinary_steps_are_short_those_with_prompts_may_last_longer_than_two() -> None:
     budget = PrefillBudget(most=512)
-    budget.observe(0, 64, seconds_alone)
-    budget.observe(4, 0, 0.001)
-    for _ in range(8):
-        assert budget.beside(4) == least
-        budget.observe(4, least, 0.01)
+
+    def small(rows: int, tokens: int, position: int) -> float:
+        return 0.4 + 0.1 * tokens
+
+    steps = prefill(budget, small, 4)
+    most = max(tokens for tokens, _ in steps)
+    assert AIM * SHORTEST * 0.8 < small(4, most, 0) / 1e3 <= BOUND * SHORTEST
+
+
+def test_a_small_models_prompts_do_not_dribble_where_others_hold_up_its_steps() -> None:
+    rng = random.Random(1)
+    steps = prefill(
+        PrefillBudget(most=512),
+        lambda rows, tokens, position: 0.4 + 0.02 * tokens + rng.choice([0, 0.3, 1.5]),
+        8,
+        prompt=4000,
+    )
+    assert len(steps) < 4000 / 40
