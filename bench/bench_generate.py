@@ -20,7 +20,7 @@ from pathlib import Path
 from bench import peer_llama
 from bench.contestant import Absent, Contestant, Process, Result
 from bench.measure import Figure, Noise, comparison, machine, ratio, read_bandwidth
-from bench.reference_model import BYTES, WORK, decode_weights, model_folder, prompts
+from bench.reference_model import BYTES, WORK, decode_bytes, model_folder, prompts
 from storage.pretrained import load_folder
 
 NEW = 128
@@ -213,7 +213,7 @@ def main() -> None:
     names = [c.name for c in found.present]
     print(report(figures, COLUMNS, pairs(names), args.dtype))
     if args.dtype in BYTES and names:
-        limit = Figure([b * 1e9 / (decode_weights(config) * BYTES[args.dtype]) for b in bandwidth.samples])
+        limit = Figure([b * 1e9 / decode_bytes(config, args.dtype) for b in bandwidth.samples])
         share = ratio(figures[COLUMNS[0].title][names[0]], limit)
         print(f"Reading memory: {bandwidth.text(1)} GB/s, so at most {limit.text()} tokens/s for one request.")
         print(f"{names[0]} reaches {share} of that (aim 0.9).")

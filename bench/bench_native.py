@@ -15,7 +15,7 @@ from functools import partial
 import torch
 
 from bench.measure import Figure, Noise, machine, read_bandwidth
-from bench.reference_model import BYTES, decode_weights, prompts, random_model
+from bench.reference_model import decode_bytes, prompts, random_model
 from inference.native_runner import NativeRunner
 
 CONTEXT, STEPS = 64, 12  # positions before a decode step; steps of one sample
@@ -39,8 +39,10 @@ def decode(runner: NativeRunner, rows: int) -> float:
     slots, tokens = list(range(rows)), [0] * rows
     start = time.perf_counter()
     for step in range(STEPS):
-        runner.rows(tokens, slots, [CONTEXT + step] * rows, slots)
-        tokens = runner.last_argmax
+        at = (tokens, slots, [CONTEXT + step] * rows, slots)
+        if runner.greatest is None:
+            runner.rows(*at)
+        tokens = runner.last_argmax if runner.greatest is None else runner.greatest(*at)
     return (time.perf_counter() - start) / STEPS
 
 
@@ -55,15 +57,14 @@ def works(runner: NativeRunner, vocabulary: int) -> dict[str, Callable[[], float
     return found
 
 
-def row(name: str, dtype: str, seconds: Figure, bandwidth: Figure, weights: int) -> str:
-    """Return a line of the table: milliseconds, tokens/s, and of a decode step the share of the read limit."""
+def row(name: str, dtype: str, seconds: Figure, bandwidth: Figure, nbytes: float) -> str:
+    """Return a line of the table: milliseconds, tokens/s, and the share of the limit of a step that reads `nbytes`."""
     _, _, size = name.partition(", ")
     tokens = int(size.split()[0]) * (int(size.split()[2]) if " x " in size else 1)
     ms, share = Figure([s * 1e3 for s in seconds.samples]), ""
     if name.startswith("decode"):
-        nbytes = weights * BYTES[dtype] / 1e9
         pairs = zip(seconds.samples, bandwidth.samples, strict=True)
-        share = f"{Figure([nbytes / s / limit * 100 for s, limit in pairs]).text()} %"
+        share = f"{Figure([nbytes / 1e9 / s / limit * 100 for s, limit in pairs]).text()} %"
     return f"| {dtype} | {name} | {ms.text(1)} | {tokens / seconds.median:.0f} | {share} |"
 
 
@@ -91,7 +92,7 @@ def main() -> None:
     print(f"{machine()}; read limit {bandwidth.text(1)} GB/s; others used {noise.cores():.2f} cores\n")
     print("| precision | work | ms | tokens/s | of the read limit |\n|---|---|---|---|---|")
     for (dtype, name), figure in seconds.items():
-        print(row(name, dtype, figure, bandwidth, decode_weights(config)))
+        print(row(name, dtype, figure, bandwidth, decode_bytes(config, dtype)))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from inference.native.packing import KINDS, screen_bytes
 from model import GPT, GPTConfig
 from storage.pretrained import export
 from storage.vocabularies import CharTokenizer
@@ -38,10 +39,12 @@ def model_folder(work: Path, small: bool = False) -> Path:
     return folder
 
 
-def decode_weights(config: GPTConfig) -> int:
-    """Return how many weights a decode step reads: all but the position table."""
+def decode_bytes(config: GPTConfig, dtype: str) -> float:
+    """Return the bytes of weights that a greedy decode step reads: of all but the position table."""
     with torch.device("meta"):
-        return GPT(config).num_params(embeddings=False)
+        weights = GPT(config).num_params(embeddings=False)
+    head = screen_bytes(config, KINDS[dtype][0])  # of weights that are read in 8 bits, all but a few
+    return (weights - config.vocab_size * config.n_embd) * BYTES[dtype] + head if head else weights * BYTES[dtype]
 
 
 def prompts(count: int, length: int, vocab_size: int, seed: int) -> list[list[int]]:

@@ -22,6 +22,8 @@ from inference.sequence import Failure, Finished, FinishReason, Sequence, Token
 from inference.slots import Slots, whole_blocks
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from inference.runner import ModelRunner
 
 logger = logging.getLogger(__name__)
@@ -145,7 +147,7 @@ class Lane:
         if tokens is None:
             return False
         self._begun_at = time.monotonic()
-        begin(tokens, following.slots, following.positions, following.want)
+        begin(tokens, following.slots, following.positions, following.want, self.runner.greatest is not None)
         return True
 
     def _begin_next(self) -> None:
@@ -156,7 +158,7 @@ class Lane:
         elif begin is not None and self._may_begin():
             self._begun, self._begun_at = self.scheduler.next_step(), time.monotonic()
             if self._begun is not None:
-                begin(self._begun.tokens, self._begun.slots, self._begun.positions, self._begun.want)
+                begin(*self._begun.rows, self._only_greatest(self._begun))
 
     def _step_alone(self, share: Share) -> int:
         """Compute one share of a step that failed, without its draft; return how many tokens came of it.
@@ -186,8 +188,7 @@ class Lane:
         """
         self._beat()
         following = self._look_ahead(step)
-        logits = self.runner.rows(step.tokens, step.slots, step.positions, step.want)[:, : self.vocab_size]
-        best = self.runner.last_argmax
+        best, logits = self._run(step)
         self._foreseen = self._begin_foreseen(following, best)
         row = 0
         last: list[int] = []  # the rows to choose tokens from
@@ -195,7 +196,7 @@ class Lane:
         scored: list[tuple[Sequence, list[Token]]] = []
         for share in step.shares:
             sequence = share.sequence
-            if share.scores:
+            if share.scores and logits is not None:
                 scored_ids = sequence.prompt_ids[sequence.computed + 1 :][: share.scores]
                 asked, top = logits[row : row + share.scores], sequence.params.logprobs
                 scores = score(asked, scored_ids, top, self.runner.logprobs)
@@ -204,12 +205,33 @@ class Lane:
             last += range(row - share.samples, row)
             choosing += [sequence] * share.samples
         greatest = None if best is None else [best[row] for row in last]
-        rows = logits if len(last) == len(logits) else logits[last]
-        chosen = iter(sample(rows, choosing, greatest, self.runner.draw, self.runner.logprobs) if last else ())
+        tokens: list[Token | None] = []
+        if logits is None:
+            tokens = [Token(token) for token in greatest or ()]
+        elif last:
+            rows = logits if len(last) == len(logits) else logits[last]
+            tokens = sample(rows, choosing, greatest, self.runner.draw, self.runner.logprobs)
+        chosen = iter(tokens)
         step.advance()
         for sequence, scores in scored:
             sequence.prompt_logprobs.extend(scores)
         return [share.accept(list(islice(chosen, share.samples))) for share in step.shares]
+
+    def _only_greatest(self, step: Step) -> bool:
+        """Say whether all that a step needs is where its greatest logits are, and the runner finds that sooner."""
+        return self.runner.greatest is not None and step.plain
+
+    def _run(self, step: Step) -> tuple[list[int] | None, "Tensor | None"]:
+        """Return where the greatest logits are, if that is known, and the logits, unless nothing else matters.
+
+        A greatest one whose id stands for no text, or that is no finite number, makes the others matter.
+        """
+        if self._only_greatest(step) and self.runner.greatest is not None:
+            best = self.runner.greatest(*step.rows)
+            if all(token < self.vocab_size for token in best):
+                return best, None
+        logits = self.runner.rows(*step.rows)[:, : self.vocab_size]
+        return self.runner.last_argmax, logits
 
     def _embed(self, step: Step) -> None:
         """Compute one step of sequences that embed; a failure ends the sequence at fault, no other."""

@@ -34,8 +34,7 @@ def look_ahead(step: Step, running: int) -> Lookahead | None:
     rows = []
     for row, share in enumerate(step.shares):
         sequence = share.sequence
-        plain = sequence.takes_greatest and sequence.params.logprobs is None
-        if share.samples != 1 or share.scores or sequence.slot is None or not plain:
+        if share.samples != 1 or share.scores or sequence.slot is None or not sequence.plain:
             return None
         if len(sequence.output_ids) + 1 < sequence.output_limit:
             rows.append((sequence.slot, row, sequence.computed + share.count, sequence.stop_ids))

@@ -22,11 +22,11 @@ from inference.native.build import CannotBuild, library
 from inference.native.machine import available_cores
 from inference.native.packing import CACHE_BLOCK, KINDS, Arena, Layer, Model, Weights, pack, up_to
 from inference.penalties import Penalties
-from inference.runner import Begin, Knobs, Scored, check_copy, check_slot
+from inference.runner import Begin, Greatest, Knobs, Scored, check_copy, check_slot
 from inference.speculation import ROWS
 from model import GPTConfig
 
-VERSION = 11  # as in step.cpp
+VERSION = 12  # as in step.cpp
 GREATEST_WIDTH = 16384  # beyond it int8 sums could leave 32 bits
 
 _P, _L = ctypes.c_void_p, ctypes.c_long
@@ -42,8 +42,8 @@ def _load() -> ctypes.CDLL:
     lib.step_agrees.argtypes, lib.step_agrees.restype = [_L, _L], ctypes.c_bool
     lib.step_open.argtypes, lib.step_open.restype = [ctypes.POINTER(Model)], _P
     lib.step_close.argtypes, lib.step_close.restype = [_P], None
-    lib.step_rows.argtypes, lib.step_rows.restype = [_P, _L, _P, _P, _P, _L, *[_P] * 4], _L
-    lib.step_begin.argtypes, lib.step_begin.restype = [_P, _L, _P, _P, _P, _L, *[_P] * 3], _L
+    lib.step_rows.argtypes, lib.step_rows.restype = [_P, _L, _P, _P, _P, _L, *[_P] * 4, ctypes.c_bool], _L
+    lib.step_begin.argtypes, lib.step_begin.restype = [_P, _L, _P, _P, _P, _L, *[_P] * 3, ctypes.c_bool], _L
     lib.step_join.argtypes, lib.step_join.restype = [_P], None
     lib.step_draw.argtypes, lib.step_draw.restype = [_P, _L, _P, _L, _L, *[_P] * 4], ctypes.c_bool
     lib.step_logprobs.argtypes, lib.step_logprobs.restype = [_P, _L, _P, _L, _L, *[_P] * 3, _L, *[_P] * 3], None
@@ -79,6 +79,7 @@ class NativeRunner:
         native.gelu_new, native.threads = config.activation == "gelu_new", self.threads
         native.layer = (Layer * config.n_layer)()
         packer = pack(model, dtype, native)
+        self._screens = bool(native.screen.head.weights)
         span, element = up_to(config.block_size, CACHE_BLOCK), 4 if dtype == "fp32" else 2
         self._block_bytes = 2 * config.n_layer * config.n_embd * CACHE_BLOCK * element
         self.position_bytes = self._block_bytes // CACHE_BLOCK
@@ -90,7 +91,7 @@ class NativeRunner:
         self._width = native.head.rows  # of a row of logits, with padding
         self._logits = torch.empty(max(slots, ROWS), self._width)  # kept: fresh memory would cost its first touch
         self._best = array("q", bytes(8 * len(self._logits)))
-        self._begun: tuple[Sequence[int], ...] | None = None  # what begin() was asked for
+        self._begun: tuple[Sequence[int] | bool, ...] | None = None  # what begin() was asked for
         self._lib = _load()
         step = self._lib.step_open(ctypes.byref(native))
         if step is None:
@@ -118,7 +119,29 @@ class NativeRunner:
         self, tokens: Sequence[int], slots: Sequence[int], positions: Sequence[int], want: Sequence[int]
     ) -> Tensor:
         """Compute one step (see ModelRunner.rows). Raises ValueError for a row or a wanted row out of bounds."""
-        if self._begun == (tokens, slots, positions, want):
+        return self._compute(tokens, slots, positions, want, False)
+
+    @property
+    def greatest(self) -> Greatest | None:
+        """Say where the greatest logits are without computing all (see ModelRunner.greatest); None without a screen."""
+        return self._greatest if self._screens else None
+
+    def _greatest(
+        self, tokens: Sequence[int], slots: Sequence[int], positions: Sequence[int], want: Sequence[int]
+    ) -> list[int]:
+        self._compute(tokens, slots, positions, want, True)
+        return self.last_argmax or []
+
+    def _compute(
+        self,
+        tokens: Sequence[int],
+        slots: Sequence[int],
+        positions: Sequence[int],
+        want: Sequence[int],
+        plain: bool,
+    ) -> Tensor:
+        """Compute one step; of a `plain` one the logits may be anything."""
+        if self._begun == (tokens, slots, positions, want, plain):
             self._settle()
             self._begun = None
             self.last_argmax = self._best[: len(want)].tolist()
@@ -128,7 +151,8 @@ class NativeRunner:
         logits = self._logits[: len(order)] if few else torch.empty(len(order), self._width)
         best = array("q", order)
         self._begun = None
-        self._call(self._lib.step_rows, tokens, slots, positions, order, (logits.data_ptr(), _address(best), None))
+        to = (logits.data_ptr(), _address(best), None, plain)
+        self._call(self._lib.step_rows, tokens, slots, positions, order, to)
         if list(want) != order:  # each row once and rising is what the step knows
             where = [order.index(row) for row in want]
             logits, best = logits[where], array("q", [best[i] for i in where])
@@ -141,14 +165,19 @@ class NativeRunner:
         return self._begin if self.threads > 1 else None
 
     def _begin(
-        self, tokens: Sequence[int], slots: Sequence[int], positions: Sequence[int], want: Sequence[int]
+        self,
+        tokens: Sequence[int],
+        slots: Sequence[int],
+        positions: Sequence[int],
+        want: Sequence[int],
+        plain: bool = False,
     ) -> None:
         """Begin a step that fits the buffers, which those of decode and short prompts do; leave others to `rows`."""
         if len(want) > len(self._logits) or list(want) != sorted(set(want)):
             return
-        to = (self._logits.data_ptr(), _address(self._best))
+        to = (self._logits.data_ptr(), _address(self._best), plain)
         if self._call(self._lib.step_begin, tokens, slots, positions, want, to):
-            self._begun = (tokens, slots, positions, want)
+            self._begun = (tokens, slots, positions, want, plain)
 
     def _require_open(self) -> None:
         """Raise ValueError once closed."""
@@ -167,7 +196,7 @@ class NativeRunner:
         order = sorted(set(want))
         hidden = torch.empty(len(order), self._n_embd)
         self._begun = None
-        self._call(self._lib.step_rows, tokens, slots, positions, order, (None, None, hidden.data_ptr()))
+        self._call(self._lib.step_rows, tokens, slots, positions, order, (None, None, hidden.data_ptr(), False))
         return hidden if list(want) == order else hidden[[order.index(row) for row in want]]
 
     def draw(

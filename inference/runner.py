@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-Begin = Callable[[Sequence[int], Sequence[int], Sequence[int], Sequence[int]], None]  # see ModelRunner.begin
+Greatest = Callable[[Sequence[int], Sequence[int], Sequence[int], Sequence[int]], list[int]]  # see ModelRunner.greatest
+Begin = Callable[[Sequence[int], Sequence[int], Sequence[int], Sequence[int], bool], None]  # see ModelRunner.begin
 Knobs = tuple[float, float, float, float, float]  # a random number from 0 to 1, temperature, top_p, min_p, top_k
 UNSETTLED, UNSOUND = -1, -2  # instead of a token
 Scored = tuple[float, tuple[tuple[int, float], ...]]  # a token's log-probability; the most probable ones and theirs
@@ -53,10 +54,18 @@ class ModelRunner(Protocol):
         ...
 
     @property
-    def begin(self) -> Begin | None:
-        """Begin what `rows` would compute and return at once; None: the runner cannot.
+    def greatest(self) -> Greatest | None:
+        """Compute one step as `rows` does, but say only where the greatest logit of each wanted row is.
 
-        The next call of `rows`, if it has the same arguments, waits for it and returns the result; one with others
+        It gives what `last_argmax` would be, sooner. None: that takes as long as `rows`.
+        """
+        ...
+
+    @property
+    def begin(self) -> Begin | None:
+        """Begin what `rows`, or with True `greatest`, would compute and return at once; None: the runner cannot.
+
+        The next call of it, if it has the same arguments, waits for it and returns the result; one with others
         forgets it. Raises ValueError as `rows` does. The result of the call before is no longer valid.
         """
         ...

@@ -79,6 +79,16 @@ class Step:
         self.want.extend(range(first + count - samples, first + count))
         self.shares.append(Share(sequence, count, decodes, scores, samples, draft))
 
+    @property
+    def rows(self) -> tuple[list[int], list[int], list[int], list[int]]:
+        """Return what a runner is asked for."""
+        return self.tokens, self.slots, self.positions, self.want
+
+    @property
+    def plain(self) -> bool:
+        """Say whether all that is wanted of it is where its greatest logits are."""
+        return all(share.scores == 0 and (share.samples == 0 or share.sequence.plain) for share in self.shares)
+
     def advance(self) -> None:
         """Note that the rows were computed."""
         for share in self.shares:

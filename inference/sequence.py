@@ -241,6 +241,11 @@ class Sequence:
         return self.params.greedy and self.unchanged
 
     @property
+    def plain(self) -> bool:
+        """Say whether nothing else is asked of its next logits."""
+        return self.takes_greatest and self.params.logprobs is None
+
+    @property
     def state(self) -> str:
         """Return "waiting", "running" or "finished"."""
         if self.finished_at is not None:

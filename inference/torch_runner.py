@@ -34,7 +34,7 @@ class TorchRunner:
     name = "torch"
     independent = False
     own_threads = False
-    draw = logprobs = None
+    greatest = draw = logprobs = None
 
     def __init__(self, model: GPT, slots: int, device: str = "cpu", dtype: str = "fp32", record: Record | None = None):
         """`record` makes graphs of decode steps, which take one more slot of the cache; None: every step is launched.
@@ -98,7 +98,12 @@ class TorchRunner:
         return None if self._graphs is None else self._begin
 
     def _begin(
-        self, tokens: Sequence[int], slots: Sequence[int], positions: Sequence[int], want: Sequence[int]
+        self,
+        tokens: Sequence[int],
+        slots: Sequence[int],
+        positions: Sequence[int],
+        want: Sequence[int],
+        plain: bool = False,
     ) -> None:
         """Launch a step, which a device computes while others work here; one that cannot be fails in `rows`."""
         try:

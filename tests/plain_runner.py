@@ -7,7 +7,7 @@ class PlainRunner:
     device, dtype, position_bytes = "cpu", "fp32", 4
     independent, own_threads = False, False
     last_argmax: list[int] | None = None
-    draw = logprobs = begin = None
+    greatest = draw = logprobs = begin = None
 
     def copy(self, source: int, target: int, length: int) -> None: ...
 

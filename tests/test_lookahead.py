@@ -26,8 +26,9 @@ class CountingRunner(PlainRunner):
         self.on_begin = lambda: None
         self.fails = 0
 
-    def begin(self, *step: list[int]) -> None:
-        self.begun.append(step)
+    def begin(self, tokens: list[int], slots: list[int], positions: list[int], want: list[int], plain: bool) -> None:
+        assert not plain, "it has nothing but rows"
+        self.begun.append((tokens, slots, positions, want))
         self.on_begin()
 
     def rows(self, *step: list[int]) -> torch.Tensor:
@@ -47,8 +48,8 @@ class CountingRunner(PlainRunner):
 class At:
     """A lane with sequences in it; `quiet` is what the engine says of its inbox."""
 
-    def __init__(self, speculation: bool = False) -> None:
-        self.runner, self.quiet = CountingRunner(), True
+    def __init__(self, runner: CountingRunner | None = None, speculation: bool = False) -> None:
+        self.runner, self.quiet = runner or CountingRunner(), True
         served: Any = SimpleNamespace(vocab_size=V, tokenizer=SimpleNamespace(n_vocab=V))
         self.lane = Lane(
             served,

@@ -51,6 +51,11 @@ def missing_instructions() -> list[str]:
     return [name for name in NEEDED if name not in have]
 
 
+def screens() -> bool:
+    """Say whether greatest logits are looked for in 8 bits first: both formats must be multiplied as they are."""
+    return {"avx512_bf16", "avx512_vnni"} <= cpu_flags()
+
+
 def compiler() -> str:
     """Return the path of the C++ compiler: CXX, or the system's. Raises CannotBuild."""
     for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
@@ -135,6 +140,7 @@ def run_sanitized(arguments: list[str]) -> int:
         "--timeout=900",
         "tests/test_native_packing.py",
         "tests/test_native_runner.py",
+        "tests/test_native_screen.py",
         "tests/test_native_draw.py",
         *arguments,
     ]  # -s: its words

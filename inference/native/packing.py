@@ -13,12 +13,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from inference.native.build import screens
 from inference.native.compact import MOST_REST, PANEL, compact, compact_bytes
 from model import GPTConfig
 
 CACHE_BLOCK = 32  # positions of a slot that lie together, as in attention.h
 F32, BF16, INT8, COMPACT = range(4)  # as in product.h; COMPACT: bfloat16 in 12 bits
 KINDS = {"fp32": (F32,), "bf16": (COMPACT, BF16), "int8": (INT8,)}  # the first that a model's weights fit into
+LEAST_SCREENED = 4096  # rows of a head that is screened: of fewer, a step takes little time
+LONG = 1e15  # as in screen.h
 STORED = (torch.float32, torch.bfloat16, torch.uint8, torch.bfloat16)
 
 _P, _L = ctypes.c_void_p, ctypes.c_long
@@ -34,6 +37,10 @@ class Matrix(ctypes.Structure):
     ]
 
 
+class Screen(ctypes.Structure):
+    _fields_ = [("head", Matrix), ("lost", _P), ("length", _P)]
+
+
 class Layer(ctypes.Structure):
     _fields_ = [
         *((name, _P) for name in ("norm1", "norm1_bias", "norm2", "norm2_bias")),
@@ -47,6 +54,7 @@ class Model(ctypes.Structure):
         *((name, _L) for name in ("kind", "gelu_new", "threads")),
         *((name, _P) for name in ("positions", "norm", "norm_bias")),
         *((name, Matrix) for name in ("tokens", "head")),
+        ("screen", Screen),
         ("layer", ctypes.POINTER(Layer)),
         ("cache", _P),
     ]
@@ -114,13 +122,33 @@ def panel_bytes(width: int, kind: int) -> int:
     return compact_bytes(width) if kind == COMPACT else PANEL * width * STORED[kind].itemsize
 
 
+def screen_bytes(config: GPTConfig, kind: int) -> int:
+    """Return the bytes of the head in 8 bits, in which the greatest logits of a model in bf16 are looked for first."""
+    few = config.vocab_size < LEAST_SCREENED or kind not in (BF16, COMPACT)
+    return 0 if few or not screens() else up_to(config.vocab_size, PANEL) * config.n_embd
+
+
 def packed_bytes(config: GPTConfig, kind: int) -> int:
     """Return the bytes of a model's matrices when they are packed."""
-    return sum(up_to(rows, PANEL) // PANEL * panel_bytes(width, kind) for rows, width in matrices(config))
+    return screen_bytes(config, kind) + sum(
+        up_to(rows, PANEL) // PANEL * panel_bytes(width, kind) for rows, width in matrices(config)
+    )
 
 
 class _Spread(Exception):
     """Too many weights of a matrix have a high byte without a code: 12 bits would be slower than 16."""
+
+
+def _quantised(part: Tensor) -> tuple[Tensor, Tensor]:
+    """Return rows in 8 bits, as whole numbers from 1 to 255 with 128 for zero, and their scales."""
+    most = part.abs().amax(1)
+    return (part * (127 / most.clamp(min=1e-30))[:, None]).round_().add_(128), most / 127
+
+
+def _lay(part: Tensor, panels: Tensor) -> None:
+    """Lay rows out in panels: of each row, in turn, the weights that fill 4 bytes."""
+    words = part.view(torch.int32).view(len(panels), PANEL, -1)
+    panels.view(torch.int32).view(len(panels), -1, PANEL).copy_(words.transpose(1, 2))
 
 
 class Packer:
@@ -160,12 +188,8 @@ class Packer:
                 rest.append(apart.add_(torch.tensor([start // PANEL, 0, 0, 0], dtype=torch.int32)))
             else:
                 if self.kind == INT8:
-                    scale[start : start + len(part)] = most / 127
-                    part = (part * (127 / most.clamp(min=1e-30))[:, None]).round_().add_(128)
-                words = (
-                    part.to(self.stored).view(torch.int32).view(len(target), PANEL, -1)
-                )  # each of a group of weights
-                target.view(torch.int32).view(len(target), -1, PANEL).copy_(words.transpose(1, 2))
+                    part, scale[start : start + len(part)] = _quantised(part)
+                _lay(part.to(self.stored), target)
             start += len(part)
         matrix = Matrix(packed.data_ptr(), scale.data_ptr(), self.floats(bias, padded), padded, width)
         if self.kind == COMPACT:
@@ -173,6 +197,33 @@ class Packer:
         _give_back()
         self.kept += [packed, scale]
         return matrix
+
+    def screen(self, shape: tuple[int, int], parts: Iterable[Tensor]) -> Screen | None:
+        """Pack a head of finite weights a second time, in 8 bits, with what is lost by that (screen.h).
+
+        Return None for one whose rows are too long for its bounds.
+        """
+        rows, width = shape
+        padded = up_to(rows, PANEL)
+        packed = self._arena.take((padded // PANEL, PANEL * width), torch.uint8)
+        (scale, lost, length), start = torch.zeros(3, padded), 0
+        for part in (s for large in parts for s in torch.split(large.detach(), 4 * PANEL)):
+            part = F.pad(part.to(torch.bfloat16).float(), (0, 0, 0, -len(part) % PANEL))
+            end = start + len(part)
+            digits, scale[start:end] = _quantised(part)
+            _lay(digits.to(torch.uint8), packed[start // PANEL : end // PANEL])
+            exact, near = part.double(), (digits.double() - 128) * scale[start:end, None].double()
+            lost[start:end] = (exact - near).norm(dim=1)
+            length[start:end] = torch.maximum(exact.norm(dim=1), near.norm(dim=1))
+            start = end
+        if not length.max() < LONG:
+            return None
+        length[:rows].clamp_(min=1 / LONG)
+        self.kept += [packed, scale, lost, length]
+        _give_back()
+        return Screen(
+            Matrix(packed.data_ptr(), scale.data_ptr(), None, padded, width), lost.data_ptr(), length.data_ptr()
+        )
 
     def _rest(self, rest: Tensor, weights: int, panels: int) -> tuple[int, int]:
         """Keep what has no code in a compact matrix; return its address and that of the panels' beginnings in it."""
@@ -202,6 +253,9 @@ def _pack(model: Weights, packer: Packer, native: Model) -> None:
     C, V = config.n_embd, config.vocab_size
     native.tokens = packer.matrix((V, C), model.parts("transformer.wte.weight"))
     native.head = native.tokens if config.tied else packer.matrix((V, C), model.parts("lm_head.weight"))
+    if screen_bytes(config, packer.kind):
+        head = "transformer.wte.weight" if config.tied else "lm_head.weight"
+        native.screen = packer.screen((V, C), model.parts(head)) or Screen()
     native.positions = floats("transformer.wpe.weight")
     native.norm, native.norm_bias = norm("transformer.ln_f")
     for i, layer in enumerate(native.layer[: config.n_layer]):

@@ -166,12 +166,13 @@ struct Output {
     }
 };
 
-// One panel's 32 outputs for every line of `in`.
+// One panel's 32 outputs for every line of `in`: before(first, lines) ahead of each tile, then use(i, first, lines, sums) with
+// each of its lines.
 // Several tiles fetch the next panel between them, each its part, so that memory is never idle while they multiply
 // (13 % of a step of 16 rows), and with it `later`; a single tile of many lines fetches far ahead (20 % at 8 rows, 10 % at 4
 // in 12 bits), of few it need not.
-template <int KIND>
-void product(const Matrix &m, const Input &in, long panel, const Output &out, const Later &later) {
+template <int KIND, class Before, class Use>
+void multiply_panel(const Matrix &m, const Input &in, long panel, const Later &later, Before before, Use use) {
     const char *w = m.panel<KIND>(panel), *next = m.panel<KIND>(panel + 1);
     const long steps = m.width / group(KIND), n = in.tiles(), tiles = m.rows / PANEL * n;
     const std::span<const Rest> rest = KIND == COMPACT ? m.rest_in(panel) : std::span<const Rest>{};
@@ -180,27 +181,36 @@ void product(const Matrix &m, const Input &in, long panel, const Output &out, co
         const long first = in.first(t), end = in.first(t + 1), turns = steps * 128 / unpacked(KIND);
         const Fetch ahead = n > 1 ? Fetch{next + t * (next - w) / n, (next - w) / n / turns} : Fetch{w + (in.count > (KIND == COMPACT ? 2 : 4) ? FAR : NEAR), turn(KIND)};
         const Fetch after = n > 1 && !later.addresses.empty() ? later.part(panel * n + t, tiles, turns) : Fetch{nullptr, 0};
-        out.fetch<KIND>(panel, first, end - first);
+        before(first, end - first);
         TILES<KIND>[end - first - 1](w, steps, in.line<KIND>(first), rest, ahead, after, sum);
         for (long i = first; i < end; i++) {
             Vec v[2];
             interpret(w, in, i, sum[i - first], v);
-            for (int h = 0; h < 2; h++) {
-                const long n = panel * PANEL + 16 * h;
-                float *to = out.at + i * out.stride + n;
-                if (KIND == INT8) v[h] = _mm512_mul_ps(v[h], load(m.scale + n));
-                if (m.bias) v[h] = _mm512_add_ps(v[h], load(m.bias + n));
-                if (out.then == ADD) v[h] = _mm512_add_ps(v[h], load(to));
-                if (out.then == GELU) v[h] = gelu(v[h]);
-                if (out.then == GELU_NEW) v[h] = gelu_new(v[h]);
-                if (!alone(KIND) || !out.next) store(to, v[h]);
-            }
-#ifdef __AVX512BF16__
-            if constexpr (alone(KIND))
-                if (out.next) put<KIND>(*out.next, first, end - first, i, panel * PANEL, v[0], v[1]);
-#endif
+            use(i, first, end - first, v);
         }
     }
+}
+
+// One panel's 32 outputs for every line of `in`, where they belong.
+template <int KIND>
+void product(const Matrix &m, const Input &in, long panel, const Output &out, const Later &later) {
+    const auto before = [&](long first, long lines) { out.fetch<KIND>(panel, first, lines); };
+    multiply_panel<KIND>(m, in, panel, later, before, [&](long i, [[maybe_unused]] long first, [[maybe_unused]] long lines, Vec (&v)[2]) {
+        for (int h = 0; h < 2; h++) {
+            const long n = panel * PANEL + 16 * h;
+            float *to = out.at + i * out.stride + n;
+            if (KIND == INT8) v[h] = _mm512_mul_ps(v[h], load(m.scale + n));
+            if (m.bias) v[h] = _mm512_add_ps(v[h], load(m.bias + n));
+            if (out.then == ADD) v[h] = _mm512_add_ps(v[h], load(to));
+            if (out.then == GELU) v[h] = gelu(v[h]);
+            if (out.then == GELU_NEW) v[h] = gelu_new(v[h]);
+            if (!alone(KIND) || !out.next) store(to, v[h]);
+        }
+#ifdef __AVX512BF16__
+        if constexpr (alone(KIND))
+            if (out.next) put<KIND>(*out.next, first, lines, i, panel * PANEL, v[0], v[1]);
+#endif
+    });
 }
 
 // out = row `row` of the matrix as floats: how a token is looked up in the head's own weights, kept once

@@ -8,9 +8,10 @@
 #include "logprobs.h"
 #include "product.h"
 #include "rows.h"
+#include "screen.h"
 #include "team.h"
 
-constexpr long VERSION = 11;  // of the structures and functions that inference/native_runner.py also knows
+constexpr long VERSION = 12;  // of the structures and functions that inference/native_runner.py also knows
 constexpr long ROWS = 512;    // rows computed at once; a longer step is cut into such parts, which changes no result
 constexpr long FEW = 2;       // so many rows are prepared by every thread for itself, which costs less than to meet
 
@@ -22,6 +23,7 @@ struct Model {
     long layers, heads, width, vocabulary, block, slots, kind, gelu_new, threads;
     const float *positions, *norm, *norm_bias;
     Matrix tokens, head;  // the same when tied
+    Screen screen;
     const Layer *layer;
     void *cache;  // see attention.h; floats for F32, else halves; pages are touched when they are used
 };
@@ -51,6 +53,8 @@ struct Step {
     std::vector<long> token;
     float *logits, *hidden;               // where results go; hidden states instead of logits unless null
     long *best;
+    std::unique_ptr<Look> look;           // null: nothing is screened
+    bool looks = false;                   // in this part of a step, whose logits nobody wants
     After after;                          // its rows are 0 while there are rows to compute
     Team team;                            // last: its threads use the rest
 
@@ -59,6 +63,7 @@ struct Step {
           y(ROWS * up_to(3 * m.width, PANEL)), h(ROWS * 4 * m.width), shared(ROWS, 4 * m.width),
           own(m.threads), team(m.threads, [this](Member &me) { work(me); }) {
         for (auto &o : own) o = std::make_unique<Own>(m.width, span);
+        if (SCREENS && m.screen.head.weights) look = std::make_unique<Look>(this->m.screen, m.vocabulary, m.threads);
     }
 
     template <class E> Head<E> head_of(long layer, long slot, long head) const {
@@ -82,13 +87,15 @@ struct Step {
         if ((long)blocks.size() < all_rows.count()) blocks.clear();
     }
 
-    // Note what a part of at most ROWS rows computes; arrays as in step_rows, beginning with it.
-    void take(long count, const long *tokens, const long *slots, const long *positions, std::vector<long> wanted) {
+    // Note what a part of at most ROWS rows computes; arrays as in step_rows, beginning with it. Of `plain` ones nobody wants
+    // the logits.
+    void take(long count, const long *tokens, const long *slots, const long *positions, std::vector<long> wanted, bool plain) {
         all_rows.clear(), wanted_rows.clear();
         token.assign(tokens, tokens + count), want = std::move(wanted);
         for (long i = 0; i < count; i++) all_rows.add(slots[i], positions[i]);
         for (const long i : want) wanted_rows.add(slots[i], positions[i]);
         all_rows.cut(m.heads), wanted_rows.cut(m.heads), list_blocks();
+        looks = plain && look && look->begin(wanted_rows.count());
     }
 
     // x = token embedding + position embedding
@@ -194,9 +201,32 @@ struct Step {
             multiply(L.down, in, {x, wide, ADD}, cache_of(l + 1, 5, 9));
         }
         if (hidden) return me.each(rows->count(), [&](long i) { norm(x + i * wide, m.norm, m.norm_bias, hidden + i * C, C); });
+        if constexpr (SCREENS && alone(KIND))
+            if (looks && found<KIND>(me, rows->count(), cache_of(0, 0, 9))) return;
         const Input in = prepare<KIND>(me, rows->count(), C, normed(m.norm, m.norm_bias));
         multiply(m.head, in, {logits, m.head.rows, STORE}, cache_of(0, 0, 9));
         me.each(rows->count(), [&](long i) { best[i] = greatest(logits + i * m.head.rows, m.vocabulary); });
+    }
+
+    // Find where the greatest logits are without computing all; return whether that was possible. See screen.h.
+    template <int KIND> bool found(Member &me, long count, const Later &later) {
+        const Input in = look->input(count);
+        me.each(in.tiles(), [&](long tile) {
+            const float *rows[MOST];
+            for (long i = in.first(tile); i < in.first(tile + 1); i++) {
+                rows[i - in.first(tile)] = look->rows + i * m.width;
+                norm(x + i * wide, m.norm, m.norm_bias, look->rows + i * m.width, m.width);
+                look->read<KIND>(i);
+            }
+            write_tile<INT8>(in, tile, rows);
+            for (long i = in.first(tile); i < in.first(tile + 1); i++) look->compare(in, i);
+        });
+        me.each(look->panels, [&](long panel) { look->bound(in, panel, me.id, later); });
+        me.each(1, [&](long) { look->choose(count); });
+        if (look->vain) return false;
+        me.each(look->pairs.size(), [&](long i) { look->compute<KIND>(m.head, look->pairs[i]); });
+        me.each(1, [&](long) { look->tell(count, best); });
+        return true;
     }
 
     void work(Member &me) {
@@ -214,23 +244,6 @@ struct Step {
         after = {count, std::move(work)};
         team.run();
         after.rows = 0;
-    }
-
-    // Where the greatest of n numbers is; the first of equals. n where one is NaN or the greatest is not finite.
-    static long greatest(const float *z, long n) {
-        Vec most = all(-INFINITY);
-        unsigned nan = 0;
-        for (long i = 0; i < n; i += 16) {
-            const Vec x = _mm512_mask_loadu_ps(all(-INFINITY), n - i >= 16 ? 0xffff : (1 << (n - i)) - 1, z + i);
-            nan |= _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), most = _mm512_max_ps(most, x);
-        }
-        const Vec top = all(_mm512_reduce_max_ps(most));
-        if (nan || !std::isfinite(_mm512_cvtss_f32(top))) return n;
-        for (long i = 0; i < n; i += 16) {
-            const unsigned equal = _mm512_mask_cmp_ps_mask(n - i >= 16 ? 0xffff : (1 << (n - i)) - 1, load(z + i), top, _CMP_EQ_OQ);
-            if (equal) return i + __builtin_ctz(equal);
-        }
-        return 0;
     }
 };
 
@@ -265,11 +278,12 @@ void step_close(Step *step) { delete step; }
 
 // Compute `count` rows: token, slot and position of each. `want` lists rows, rising; their logits go to `logits`, one
 // after the other with the head's padded rows each, and where the greatest of each is to `best`. Unless `hidden` is null
-// what the head would read goes there instead, `width` floats each, and nothing to `logits` and `best`.
+// what the head would read goes there instead, `width` floats each, and nothing to `logits` and `best`. Where they are
+// `plain` nobody wants the logits, which then may be anything.
 // Returns -1, or the index of the first row out of bounds, or `count` for a wrong `want`; then nothing was computed.
 // Drops what step_begin has begun.
 long step_rows(Step *step, long count, const long *token, const long *slot, const long *position, long wanted,
-               const long *want, float *logits, long *best, float *hidden) {
+               const long *want, float *logits, long *best, float *hidden, bool plain) {
     const Model &m = step->m;
     step->team.join(true);
     if (const long bad = refused(m, count, token, slot, position, wanted, want); bad >= 0) return bad;
@@ -280,7 +294,7 @@ long step_rows(Step *step, long count, const long *token, const long *slot, cons
         step->logits = logits + done * m.head.rows, step->best = best + done;
         step->hidden = hidden ? hidden + done * m.width : nullptr;
         done += part.size();
-        step->take(end - start, token + start, slot + start, position + start, std::move(part));
+        step->take(end - start, token + start, slot + start, position + start, std::move(part), plain);
         step->team.run();
     }
     return -1;
@@ -289,12 +303,12 @@ long step_rows(Step *step, long count, const long *token, const long *slot, cons
 // Begin what step_rows would compute, and return at once, as it does; step_join ends it, until when `logits` and `best`
 // must stay. Nothing is begun, and -2 returned, where rows are too many, or no thread is there beside the caller's.
 long step_begin(Step *step, long count, const long *token, const long *slot, const long *position, long wanted,
-                const long *want, float *logits, long *best) {
+                const long *want, float *logits, long *best, bool plain) {
     step->team.join(true);
     if (count > ROWS || step->team.size == 1) return -2;
     if (const long bad = refused(step->m, count, token, slot, position, wanted, want); bad >= 0) return bad;
     step->logits = logits, step->best = best, step->hidden = nullptr;
-    step->take(count, token, slot, position, {want, want + wanted});
+    step->take(count, token, slot, position, {want, want + wanted}, plain);
     step->team.begin();
     return -1;
 }

@@ -1,4 +1,4 @@
-// Sixteen floats at a time: loads from the cache's formats, exp, both gelus, layer norm.
+// Sixteen floats at a time: loads from the cache's formats, exp, both gelus, layer norm, the greatest.
 // Every result depends on its own input only, never on what else is in the step.
 #pragma once
 #include <immintrin.h>
@@ -64,4 +64,21 @@ inline void norm(const float *x, const float *weight, const float *bias, float *
         const Vec v = _mm512_mul_ps(_mm512_mul_ps(_mm512_sub_ps(load(x + i), mean), scale), load(weight + i));
         store(out + i, bias ? _mm512_add_ps(v, load(bias + i)) : v);
     }
+}
+
+// Where the greatest of n numbers is; the first of equals. n where one is NaN or the greatest is not finite.
+inline long greatest(const float *z, long n) {
+    Vec most = all(-INFINITY);
+    unsigned nan = 0;
+    for (long i = 0; i < n; i += 16) {
+        const Vec x = _mm512_mask_loadu_ps(all(-INFINITY), n - i >= 16 ? 0xffff : (1 << (n - i)) - 1, z + i);
+        nan |= _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), most = _mm512_max_ps(most, x);
+    }
+    const Vec top = all(_mm512_reduce_max_ps(most));
+    if (nan || !std::isfinite(_mm512_cvtss_f32(top))) return n;
+    for (long i = 0; i < n; i += 16) {
+        const unsigned equal = _mm512_mask_cmp_ps_mask(n - i >= 16 ? 0xffff : (1 << (n - i)) - 1, load(z + i), top, _CMP_EQ_OQ);
+        if (equal) return i + __builtin_ctz(equal);
+    }
+    return 0;
 }
