@@ -22,8 +22,6 @@ from inference.sequence import Failure, Finished, FinishReason, Sequence, Token
 from inference.slots import Slots, whole_blocks
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from inference.runner import ModelRunner
 
 logger = logging.getLogger(__name__)
@@ -158,7 +156,7 @@ class Lane:
         elif begin is not None and self._may_begin():
             self._begun, self._begun_at = self.scheduler.next_step(), time.monotonic()
             if self._begun is not None:
-                begin(*self._begun.rows, self._only_greatest(self._begun))
+                begin(*self._begun.rows, self.runner.greatest is not None and self._begun.plain)
 
     def _step_alone(self, share: Share) -> int:
         """Compute one share of a step that failed, without its draft; return how many tokens came of it.
@@ -188,7 +186,10 @@ class Lane:
         """
         self._beat()
         following = self._look_ahead(step)
-        best, logits = self._run(step)
+        best, logits = self._look(step), None
+        if best is None:
+            logits = self.runner.rows(*step.rows)[:, : self.vocab_size]
+            best = self.runner.last_argmax
         self._foreseen = self._begin_foreseen(following, best)
         row = 0
         last: list[int] = []  # the rows to choose tokens from
@@ -217,21 +218,15 @@ class Lane:
             sequence.prompt_logprobs.extend(scores)
         return [share.accept(list(islice(chosen, share.samples))) for share in step.shares]
 
-    def _only_greatest(self, step: Step) -> bool:
-        """Say whether all that a step needs is where its greatest logits are, and the runner finds that sooner."""
-        return self.runner.greatest is not None and step.plain
+    def _look(self, step: Step) -> list[int] | None:
+        """Return where the greatest logits are if nothing else of a step matters; None: compute all.
 
-    def _run(self, step: Step) -> tuple[list[int] | None, "Tensor | None"]:
-        """Return where the greatest logits are, if that is known, and the logits, unless nothing else matters.
-
-        A greatest one whose id stands for no text, or that is no finite number, makes the others matter.
+        One whose id stands for no text, or that is no finite number, makes the others matter.
         """
-        if self._only_greatest(step) and self.runner.greatest is not None:
-            best = self.runner.greatest(*step.rows)
-            if all(token < self.vocab_size for token in best):
-                return best, None
-        logits = self.runner.rows(*step.rows)[:, : self.vocab_size]
-        return self.runner.last_argmax, logits
+        if self.runner.greatest is None or not step.plain:
+            return None
+        best = self.runner.greatest(*step.rows)
+        return best if all(token < self.vocab_size for token in best) else None
 
     def _embed(self, step: Step) -> None:
         """Compute one step of sequences that embed; a failure ends the sequence at fault, no other."""
