@@ -13,8 +13,9 @@ from bench.bench_quality import windows, with_channels_far_out
 from bench.bench_waiting import Gaps, percentile, waiting
 from bench.contestant import Absent, Process, Result
 from bench.measure import Figure, comparison
-from bench.reference_model import model_folder, prompts
+from bench.reference_model import decode_bytes, model_folder, prompts
 from bench.write_gguf import renamed
+from inference.native import packing
 from model import GPT, GPTConfig
 
 
@@ -121,10 +122,21 @@ def test_windows_are_spread_evenly_and_whole() -> None:
 
 
 def test_a_line_of_the_native_step_tells_tokens_and_the_share_of_the_read_limit() -> None:
-    line = row("decode, 4 rows", "bf16", Figure([0.01]), Figure([10.0]), 25_000_000)
-    assert line == "| bf16 | decode, 4 rows | 10.0 (10.0-10.0) | 400 | 38 (38-38) % |"  # 12 bits a weight
+    line = row("decode, 4 rows", "bf16", Figure([0.01]), Figure([10.0]), 37.5e6)
+    assert line == "| bf16 | decode, 4 rows | 10.0 (10.0-10.0) | 400 | 38 (38-38) % |"
     line = row("prefill, 16 x 64", "int8", Figure([0.5]), Figure([10.0]), 1)
     assert line == "| int8 | prefill, 16 x 64 | 500.0 (500.0-500.0) | 2048 |  |"
+
+
+@pytest.mark.parametrize(("screened", "bf16"), [(True, 1.5 * 100 + 4096 * 16), (False, 1.5 * (100 + 4096 * 16))])
+def test_a_greedy_step_in_bf16_reads_the_head_in_8_bits_where_there_is_such_a_head(
+    screened: bool, bf16: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "screens", lambda: screened)
+    config = GPTConfig(n_layer=1, n_head=1, n_embd=16, block_size=8, vocab_size=4096)
+    others = GPT(config).num_params(embeddings=False) - 4096 * 16
+    assert decode_bytes(config, "bf16") == bf16 + 1.5 * (others - 100)
+    assert decode_bytes(config, "int8") == others + 4096 * 16
 
 
 def test_the_gpu_benchmark_says_that_there_is_no_gpu(
