@@ -48,7 +48,7 @@ class CountingRunner(PlainRunner):
 class At:
     """A lane with sequences in it; `quiet` is what the engine says of its inbox."""
 
-    def __init__(self, runner: CountingRunner | None = None, speculation: bool = False) -> None:
+    def __init__(self, runner: Any = None, speculation: bool = False) -> None:
         self.runner, self.quiet = runner or CountingRunner(), True
         served: Any = SimpleNamespace(vocab_size=V, tokenizer=SimpleNamespace(n_vocab=V))
         self.lane = Lane(

@@ -6,11 +6,13 @@ import random
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_lookahead import At, outcome
 
 from inference.footprint import memory_bytes
 from inference.native import build
@@ -280,3 +282,32 @@ def test_a_processor_that_cannot_multiply_both_formats_has_none(monkeypatch):
     assert runner.greatest is None
     runner.rows([1], [0], [0], [0])
     assert 0 <= runner.last_argmax[0] < CONFIG.vocab_size
+
+
+@pytest.mark.parametrize("speculation", [False, True])
+def test_whatever_joins_texts_are_the_same_with_and_without_the_look(speculation):
+    class Whole(NativeRunner):
+        greatest = None
+
+    model, rng = model_of(), random.Random(5)
+    asked: list[dict[str, Any]] = [
+        {},
+        {"temperature": 0.8, "seed": 3},
+        {"logprobs": 2},
+        {"repetition_penalty": 1.3},
+        {"min_tokens": 9},
+    ]
+    joins = [
+        (rng.randrange(30), rng.randrange(CONFIG.vocab_size), rng.randint(9, 40), rng.choice(asked)) for _ in range(25)
+    ]
+    texts = []
+    for kind in (NativeRunner, Whole):
+        at = At(kind(model, 6, "bf16", 2), speculation)
+        at.lane.vocab_size = CONFIG.vocab_size
+        sequences = []
+        for step in range(30):
+            sequences += [at.join(first, n, **more) for when, first, n, more in joins if when == step]
+            at.steps(1)
+        at.finish()
+        texts.append([outcome(sequence) for sequence in sequences])
+    assert texts[0] == texts[1]
