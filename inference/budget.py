@@ -13,6 +13,7 @@ STEADY = 16  # steps with prompt tokens after which an ordinary one is measured 
 LONGEST_STEP = 0.5  # seconds: what arrives or leaves meanwhile waits for the step to end
 FIRST = 16  # tokens with nobody to hold up, before any were measured: a second or two of a large model on a small CPU
 SHORTEST = 0.0025  # seconds that an ordinary step counts as at least: a small model's vary by more than they last
+LEAST = 8  # tokens beside such short steps, which others hold up by more than these take
 LEAST_EMBEDDED = 16  # tokens: a step that embeds reads all weights for itself, so that fewer cost nearly as much
 
 
@@ -22,8 +23,8 @@ class PrefillBudget:
     Ordinary steps only decode. While streams run, a step with prompt tokens is to last AIM ordinary ones: it carries
     `_width` tokens, which begins at one, falls at once when a step has lasted longer, and rises slowly when it has not;
     once a step was too long, to what was not. What an ordinary step lasts is measured anew when the rows have changed
-    and after STEADY steps, by one that carries none; then more is tried again. With nobody to hold up, a step carries
-    `most`, or half a second's worth.
+    and after STEADY steps, by one that carries none; then more is tried again. Beside steps of SHORTEST or less it is
+    at least LEAST. With nobody to hold up, a step carries `most`, or half a second's worth.
     """
 
     def __init__(self, most: int):
@@ -71,8 +72,9 @@ class PrefillBudget:
         return self._rows > 0 and abs(rows - self._rows) <= max(1, self._rows // 4)
 
     def _tokens_now(self) -> int:
-        """Return the width: of ordinary steps that are half as long now, half of what was found."""
-        return max(1, int(self._width * min(1.0, self._ordinary / self._found)))
+        """Return the width; of ordinary steps that are half as long now, half of what was found."""
+        least = LEAST if self._ordinary <= SHORTEST else 1
+        return max(least, int(self._width * min(1.0, self._ordinary / self._found)))
 
     def _worth(self, seconds: float) -> int:
         """Return how many tokens last so long in a step of their own."""

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inference.budget import AIM, FIRST, LEAST_EMBEDDED, SHORTEST, STEADY, PrefillBudget
+from inference.budget import AIM, FIRST, LEAST, LEAST_EMBEDDED, SHORTEST, STEADY, PrefillBudget
 
 Machine = Callable[[int, int, int], float]  # rows that decode, prompt tokens, the position of the first -> milliseconds
 
@@ -185,6 +185,16 @@ def test_where_ordinary_steps_are_short_those_with_prompts_may_last_longer_than_
     steps = prefill(budget, small, 4)
     most = max(tokens for tokens, _ in steps)
     assert AIM * SHORTEST * 0.8 < small(4, most, 0) / 1e3 <= BOUND * SHORTEST
+
+
+def test_beside_short_steps_a_few_tokens_are_computed_whatever_holds_steps_up() -> None:
+    budget = PrefillBudget(most=512)
+    budget.observe(4, 0, 0.0005)
+    for _ in range(STEADY):
+        assert budget.beside(4) == LEAST
+        budget.observe(4, LEAST, 0.05)
+    budget.observe(4, 0, 0.0005)
+    assert budget.beside(4) == LEAST
 
 
 def test_a_small_models_prompts_do_not_dribble_where_others_hold_up_its_steps() -> None:

@@ -27,7 +27,7 @@ def scheduler_of(slots: int, prefill_tokens: int) -> Scheduler:
 def compute(scheduler: Scheduler, step: Step) -> None:
     """Do what the engine does with a step, on a machine that takes as long for each: samples are the token 7."""
     step.advance()
-    scheduler.budget.observe(step.decoding, step.prefilled, 0.002)
+    scheduler.budget.observe(step.decoding, step.prefilled, 0.004)
     for share in step.shares:
         if share.samples:
             share.sequence.output_ids.append(7)
