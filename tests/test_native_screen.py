@@ -3,9 +3,7 @@
 import ctypes
 import math
 import random
-import subprocess
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_lookahead import At, outcome
+from test_native_runner import compile_with_the_sources, model_of
 
 from inference.footprint import memory_bytes
 from inference.native import build
@@ -23,16 +22,6 @@ from model import GPT, GPTConfig
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=80, vocab_size=LEAST_SCREENED + 5)
 REASON = NativeRunner.unsupported(CONFIG, "bf16") or ("" if build.screens() else "this processor has no BF16 or VNNI")
 pytestmark = pytest.mark.skipif(bool(REASON), reason=str(REASON))
-
-
-def model_of(config: GPTConfig = CONFIG, seed: int = 0) -> GPT:
-    torch.manual_seed(seed)
-    model = GPT(config).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() == 1:
-                p.add_(0.1 * torch.randn_like(p))
-    return model
 
 
 def steps(config: GPTConfig, slots: int, count: int, seed: int = 1) -> list[tuple[list[int], ...]]:
@@ -74,7 +63,7 @@ def test_tokens_are_those_of_all_logits_which_are_not_computed(vocab_size, bias,
 
 
 def test_weights_that_do_not_fit_into_12_bits_are_screened_too():
-    model = model_of()
+    model = model_of(CONFIG)
     with torch.no_grad():
         model.transformer["h"][0].mlp.c_fc.weight.mul_(2 ** (40 * torch.rand(4 * 64, 64) - 20))
     assert NativeRunner(model, 1, "bf16").packed_bytes > 1.9 * sum(
@@ -95,7 +84,7 @@ def test_padding_of_the_head_is_no_logit_where_all_are_negative():
 
 
 def test_of_equal_logits_the_first_is_the_greatest():
-    model = model_of()
+    model = model_of(CONFIG)
     with torch.no_grad():
         weight = model.transformer["wte"].weight
         weight[::7] = 4 * weight[0]  # the greatest, or the least
@@ -107,7 +96,7 @@ def test_of_equal_logits_the_first_is_the_greatest():
 @given(seed=st.integers(0, 10**6), near=st.floats(1e-4, 0.1), many=st.integers(2, 60), far=st.booleans())
 def test_logits_that_8_bits_cannot_tell_apart_are_told_apart(seed, near, many, far):
     """Some rows of the head differ by less than 8 bits show; in some models a few channels are far out."""
-    model = model_of(seed=seed)
+    model = model_of(CONFIG, seed)
     with torch.no_grad():
         head = model.transformer["wte"].weight
         alike = torch.randperm(len(head))[:many]
@@ -117,8 +106,8 @@ def test_logits_that_8_bits_cannot_tell_apart_are_told_apart(seed, near, many, f
     agrees(model, slots=9, count=6)
 
 
-def test_where_all_panels_may_hold_the_greatest_all_logits_are_computed_and_looks_become_rare():
-    model = model_of()
+def test_where_all_panels_may_hold_the_greatest_all_logits_are_computed():
+    model = model_of(CONFIG)
     with torch.no_grad():
         head = model.transformer["wte"].weight
         head.copy_(head[0] * (1 + 1e-3 * torch.randn_like(head)))
@@ -130,6 +119,20 @@ def test_where_all_panels_may_hold_the_greatest_all_logits_are_computed_and_look
         runner._logits.fill_(math.nan)
         assert runner.greatest(*step) == plain.last_argmax
         assert not runner._logits[0, : CONFIG.vocab_size].isnan().any()
+
+
+def test_after_a_look_in_vain_some_steps_go_without_one():
+    model = model_of(CONFIG)
+    with torch.no_grad():
+        model.transformer["wpe"].weight[0, 7] = math.nan  # in slot 1 alone
+    runner = NativeRunner(model, 2, "bf16", 2)
+    runner.greatest([1], [1], [0], [0])
+    computed = []
+    for position in range(1, 21):
+        runner._logits.fill_(math.nan)
+        runner.greatest([position], [0], [position], [0])
+        computed.append(not runner._logits[0, : CONFIG.vocab_size].isnan().any())
+    assert computed == [True] * 16 + [False] * 4
 
 
 SOURCE = """
@@ -156,11 +159,7 @@ void bounds(const float *x, const Screen *all, long count, float *low, float *hi
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    folder: Path = tmp_path_factory.mktemp("bounds")
-    (folder / "bounds.cpp").write_text(SOURCE)
-    command = [build.compiler(), *build.flags(), "-I", str(build.HERE), str(folder / "bounds.cpp")]
-    subprocess.run([*command, "-o", str(folder / "bounds.so")], check=True, timeout=50)
-    return ctypes.CDLL(str(folder / "bounds.so"))
+    return ctypes.CDLL(str(compile_with_the_sources(SOURCE, tmp_path_factory.mktemp("bounds"))))
 
 
 def bounds(library: ctypes.CDLL, x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -213,7 +212,7 @@ def test_bounds_hold_where_all_errors_add_up_and_are_no_wider(library):
 
 @pytest.mark.parametrize("rows", [1, 2, 64, 65, 79])
 def test_any_number_of_rows_may_be_wanted(rows):
-    model = model_of()
+    model = model_of(CONFIG)
     plain, runner = (NativeRunner(model, 2, "bf16", 2) for _ in range(2))
     step = random.Random(0).choices(range(CONFIG.vocab_size), k=rows), [1] * rows, list(range(rows)), list(range(rows))
     plain.rows(*step)
@@ -225,7 +224,7 @@ def test_any_number_of_rows_may_be_wanted(rows):
 
 
 def test_a_step_begun_before_it_is_asked_for_gives_the_same_tokens():
-    model, rng = model_of(), random.Random(3)
+    model, rng = model_of(CONFIG), random.Random(3)
     plain, runner = (NativeRunner(model, 6, "bf16", threads) for threads in (1, 3))
     for step in steps(CONFIG, 6, 40):
         expected = plain.rows(*step).clone()
@@ -237,7 +236,7 @@ def test_a_step_begun_before_it_is_asked_for_gives_the_same_tokens():
 
 
 def test_what_is_no_finite_number_is_no_token():
-    model = model_of()
+    model = model_of(CONFIG)
     with torch.no_grad():
         model.transformer["wpe"].weight[1, 7] = math.nan
         model.transformer["wpe"].weight[2] = 0
@@ -263,8 +262,8 @@ def test_rows_too_short_or_too_long_for_the_bounds_are_computed(times):
 
 
 def test_its_memory_is_counted_and_small_heads_and_other_precisions_have_none():
-    runner = NativeRunner(model_of(), 2, "bf16")
-    matrices = sum(p.numel() for name, p in model_of().named_parameters() if p.dim() == 2 and "wpe" not in name)
+    runner = NativeRunner(model_of(CONFIG), 2, "bf16")
+    matrices = sum(p.numel() for name, p in model_of(CONFIG).named_parameters() if p.dim() == 2 and "wpe" not in name)
     head = up_to(CONFIG.vocab_size, 32) * 64
     assert 1.49 < (runner.packed_bytes - head) / matrices < 1.6
     assert memory_bytes(CONFIG, "native", "cpu", "bf16", 2) == memory_bytes(
@@ -278,7 +277,7 @@ def test_its_memory_is_counted_and_small_heads_and_other_precisions_have_none():
 def test_a_processor_that_cannot_multiply_both_formats_has_none(monkeypatch):
     fewer = build.cpu_flags() - {"avx512_vnni"}
     monkeypatch.setattr(build, "cpu_flags", lambda: fewer)
-    runner = NativeRunner(model_of(), 1, "bf16")
+    runner = NativeRunner(model_of(CONFIG), 1, "bf16")
     assert runner.greatest is None
     runner.rows([1], [0], [0], [0])
     assert 0 <= runner.last_argmax[0] < CONFIG.vocab_size
@@ -289,7 +288,7 @@ def test_whatever_joins_texts_are_the_same_with_and_without_the_look(speculation
     class Whole(NativeRunner):
         greatest = None
 
-    model, rng = model_of(), random.Random(5)
+    model, rng = model_of(CONFIG), random.Random(5)
     asked: list[dict[str, Any]] = [
         {},
         {"temperature": 0.8, "seed": 3},

@@ -6,7 +6,7 @@ A model is packed weight by weight: of one that is still in its files only one i
 
 import ctypes
 import mmap
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import torch
@@ -139,9 +139,15 @@ class _Spread(Exception):
     """Too many weights of a matrix have a high byte without a code: 12 bits would be slower than 16."""
 
 
-def _quantised(part: Tensor) -> tuple[Tensor, Tensor]:
-    """Return rows in 8 bits, as whole numbers from 1 to 255 with 128 for zero, and their scales."""
-    most = part.abs().amax(1)
+def _pieces(parts: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Give a matrix's rows as floats, with zero ones to whole panels, in pieces so small that copies are, too."""
+    for large in parts:
+        for part in torch.split(large.detach(), 4 * PANEL):
+            yield F.pad(part.float(), (0, 0, 0, -len(part) % PANEL))
+
+
+def _quantised(part: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
+    """Return rows, of which `most` are the greatest, in 8 bits, whole numbers from 1 to 255 around 128, and scales."""
     return (part * (127 / most.clamp(min=1e-30))[:, None]).round_().add_(128), most / 127
 
 
@@ -175,9 +181,7 @@ class Packer:
         padded = up_to(rows, PANEL)
         packed, rest = self._arena.take((padded // PANEL, panel_bytes(width, self.kind)), torch.uint8), []
         scale, start = torch.zeros(padded), 0
-        small = (s for large in parts for s in torch.split(large.detach(), 4 * PANEL))  # so that copies are
-        for part in small:
-            part = F.pad(part.float(), (0, 0, 0, -len(part) % PANEL))
+        for part in _pieces(parts):
             most = part.abs().amax(1)
             if not most.isfinite().all():
                 raise ValueError("the model's weights hold a value that is not finite")
@@ -188,7 +192,7 @@ class Packer:
                 rest.append(apart.add_(torch.tensor([start // PANEL, 0, 0, 0], dtype=torch.int32)))
             else:
                 if self.kind == INT8:
-                    part, scale[start : start + len(part)] = _quantised(part)
+                    part, scale[start : start + len(part)] = _quantised(part, most)
                 _lay(part.to(self.stored), target)
             start += len(part)
         matrix = Matrix(packed.data_ptr(), scale.data_ptr(), self.floats(bias, padded), padded, width)
@@ -207,10 +211,9 @@ class Packer:
         padded = up_to(rows, PANEL)
         packed = self._arena.take((padded // PANEL, PANEL * width), torch.uint8)
         (scale, lost, length), start = torch.zeros(3, padded), 0
-        for part in (s for large in parts for s in torch.split(large.detach(), 4 * PANEL)):
-            part = F.pad(part.to(torch.bfloat16).float(), (0, 0, 0, -len(part) % PANEL))
+        for part in (piece.bfloat16().float() for piece in _pieces(parts)):
             end = start + len(part)
-            digits, scale[start:end] = _quantised(part)
+            digits, scale[start:end] = _quantised(part, part.abs().amax(1))
             _lay(digits.to(torch.uint8), packed[start // PANEL : end // PANEL])
             exact, near = part.double(), (digits.double() - 128) * scale[start:end, None].double()
             lost[start:end] = (exact - near).norm(dim=1)
