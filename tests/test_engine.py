@@ -378,11 +378,11 @@ def test_a_waiting_request_can_be_cancelled(fake: Callable[..., Bench]) -> None:
 
 
 def test_a_request_that_takes_too_long_ends_with_an_error(fake: Callable[..., Bench]) -> None:
-    bench = fake(request_timeout=0.05)
+    bench = fake(request_timeout=0.5)  # within which it begins to run
     bench.runners[0].gate.clear()
     running = submit(bench, [0], greedy(40))
     until(lambda: bench.engine.info()["running"] == 1)
-    time.sleep(0.06)
+    time.sleep(0.51)
     bench.runners[0].gate.set()
     _, end = drain(running)
     assert end.reason == FinishReason.ERROR and "longer than the server allows" in str(end.error)
@@ -395,9 +395,10 @@ def test_a_failure_ends_the_sequence_at_fault_and_no_other(make: Callable[..., E
         engine = make(slots=8)
         served = engine.load(reference())
         runner = engine._pool.lane(served).runner
-        rows = runner.rows
+        rows, all_here = runner.rows, threading.Event()
 
         def failing(tokens: list[int], slots: list[int], positions: list[int], want: list[int]) -> torch.Tensor:
+            assert all_here.wait(20)  # none has ended before the one at fault enters, which is to have slot 3
             if faulty and any(slot == 3 and position >= 5 for slot, position in zip(slots, positions, strict=True)):
                 raise RuntimeError("the test's fault")
             return rows(tokens, slots, positions, want)
@@ -405,6 +406,7 @@ def test_a_failure_ends_the_sequence_at_fault_and_no_other(make: Callable[..., E
         runner.rows = failing  # type: ignore[method-assign]
         params = [SamplingParams(max_new_tokens=12, temperature=t, seed=k) for k, t in enumerate([0.0, 1.0] * 4)]
         generations = [engine.submit(served, [k, k + 1, k + 2], params[k]) for k in range(8)]
+        all_here.set()
         ends = [drain(generation) for generation in generations]
         assert [end.error for _, end in ends if end.reason == FinishReason.ERROR] == [Failure.STEP] * faulty
         return [ids for k, (ids, _) in enumerate(ends) if k != 3]
@@ -695,8 +697,8 @@ def test_only_the_last_finished_requests_are_remembered(
 
 def test_the_heart_beats_when_idle_and_stops_when_a_step_hangs(fake: Callable[..., Bench]) -> None:
     bench = fake()
-    time.sleep(0.7)
-    assert bench.engine.info()["heartbeat_age"] < 0.65
+    until(lambda: bench.engine.info()["heartbeat_age"] > 0.3)
+    until(lambda: bench.engine.info()["heartbeat_age"] < 0.3)
     bench.runners[0].gate.clear()
     stuck = submit(bench, [0])
     until(lambda: bench.engine.info()["heartbeat_age"] > 0.7)
@@ -707,8 +709,9 @@ def test_the_heart_beats_when_idle_and_stops_when_a_step_hangs(fake: Callable[..
 def test_speed_is_reported(fake: Callable[..., Bench]) -> None:
     bench = fake()
     drain(submit(bench, [0], greedy(20)))
+    until(lambda: bench.engine.info()["tokens"] == 20)  # they are counted after they were handed out
     info = bench.engine.info()
-    assert info["tokens_per_second"] > 0 and info["tokens"] == 20 and info["steps"] == 20
+    assert info["tokens_per_second"] > 0 and info["steps"] == 20
 
 
 def test_closing_lets_running_requests_end_and_ends_waiting_ones(fake: Callable[..., Bench]) -> None:
@@ -734,7 +737,7 @@ def test_closing_without_patience_ends_what_runs_with_an_error(fake: Callable[..
     rows = bench.runners[0].rows
 
     def slow(*step: Any) -> torch.Tensor:
-        time.sleep(0.01)
+        time.sleep(0.1)
         return rows(*step)
 
     bench.runners[0].rows = slow  # type: ignore[method-assign]

@@ -236,8 +236,9 @@ def test_text_that_repeats_takes_few_steps(engine_of: Make) -> None:
     engine, served = engine_of(runner)
     ids, end = drain(engine.submit(served, [0, 1, 2], greedy(40)))
     assert ids == [(3 + i) % 5 for i in range(40)] and end.reason == FinishReason.LENGTH
+    until(lambda: engine.info()["tokens"] == 40)  # they are counted after they were handed out
     info = engine.info()
-    assert runner.steps < 16 and info["tokens"] == 40
+    assert runner.steps < 16
     assert info["drafted_tokens"] >= info["accepted_tokens"] > 25
 
 
