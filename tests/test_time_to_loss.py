@@ -16,7 +16,7 @@ def test_a_watcher_keeps_each_checkpoint_that_took_its_place(tmp_path):
     script = (
         "import os, time\n"
         f"for i in range(3):\n    open('{tmp_path}/new', 'w').write(str(i)); os.replace('{tmp_path}/new', "
-        f"'{tmp_path}/ckpt.pt'); time.sleep(0.4)"
+        f"'{tmp_path}/ckpt.pt')\n    while not os.path.exists(f'{tmp_path}/kept/{{i}}.pt'): time.sleep(0.01)"
     )
     found = watched([sys.executable, "-c", script], tmp_path / "ckpt.pt", tmp_path / "kept", threads=1)
     assert [path.read_text() for *_, path in found] == ["0", "1", "2"]

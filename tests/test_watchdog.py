@@ -4,6 +4,7 @@ import logging
 import threading
 
 import pytest
+from live_server import until
 
 from web.watchdog import REFUSE, REPLACE, Watchdog, log_stacks
 
@@ -53,12 +54,17 @@ def test_the_log_says_what_threads_were_doing_those_that_do_the_same_together(ca
     threads = [threading.Thread(target=go.wait, name=f"waits-{i}", daemon=True) for i in range(5)]
     for thread in threads:
         thread.start()
-    with caplog.at_level(logging.CRITICAL):
+
+    def said() -> list[str] | None:
+        caplog.clear()
         log_stacks()
+        lines = [record.getMessage() for record in caplog.records]
+        return lines if sum("waits-" in line for line in lines) == 1 else None
+
+    with caplog.at_level(logging.CRITICAL):
+        lines = until(said)  # a thread that has just started may be on its way to where the others wait
     go.set()
     for thread in threads:
         thread.join()
-    lines = [record.getMessage() for record in caplog.records]
-    assert sum("waits-" in line for line in lines) == 1
     assert any(line.startswith("waits-0, waits-1, waits-2 …: ") for line in lines)
     assert any("log_stacks" in line and "MainThread" in line for line in lines)
