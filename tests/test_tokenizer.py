@@ -465,10 +465,10 @@ REFUSED = [
 
 @pytest.mark.parametrize("changes", REFUSED, ids=lambda c: json.dumps(c)[:60])
 def test_a_tokenizer_of_another_shape_is_refused_in_one_sentence(trained, changes):
-    content, started = changed(trained, **changes), time.monotonic()
+    content, started = changed(trained, **changes), time.process_time()
     with pytest.raises(NotLoadable, match=r"^the tokenizer cannot be used: [^\n]*$"):
         from_json(content)
-    assert time.monotonic() - started < 0.5
+    assert time.process_time() - started < 0.5
 
 
 def test_merges_out_of_order_are_refused(trained):
