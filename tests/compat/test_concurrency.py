@@ -129,6 +129,7 @@ def test_a_crowd_gets_the_texts_that_each_would_get_alone_while_a_job_trains(cro
         before = jobs.retrieve(job.id).iter_num
         for one in crowd:
             one.start()
+        until(lambda: all(one.done or one.wrong for one in crowd))  # to make 16 clients takes seconds on busy cores
         time.sleep(seconds)
         after = jobs.retrieve(job.id)
         stop.set()
