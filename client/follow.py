@@ -168,7 +168,7 @@ def print_lines(client: ApiClient, name: str) -> Reply:
 
 
 def follow(client: ApiClient, name: str) -> None:
-    """Show a job until it ends. Raises ApiError unless it succeeded; Ctrl-C leaves it running."""
+    """Show a job until it ends. Exits with 1 unless it succeeded; Ctrl-C leaves it running."""
     try:
         job = (draw if sys.stdout.isatty() and not raw() else print_lines)(client, name)
     except KeyboardInterrupt:
@@ -182,7 +182,10 @@ def follow(client: ApiClient, name: str) -> None:
         advise(client, resume=f"jobs resume {name}")
         raise click.exceptions.Exit(1)
     if job["state"] != "succeeded":
-        raise ApiError(f"job {name} {job['state']}: {job.get('error') or 'it left no reason'}")
+        note(f"Error: job {name} {job['state']}: {job.get('error') or 'it left no reason'}")
+        steps = {"log": f"jobs log {name}"} | ({"resume": f"jobs resume {name}"} if job.get("has_checkpoint") else {})
+        advise(client, **steps)
+        raise click.exceptions.Exit(1)
     best = None if job.get("best_val_loss") is None else f"best val {job['best_val_loss']:.4f}"
     note("  ".join(filter(None, (standing(job), best, job.get("note")))))
     advise(client, load=f"load --model_path out/{name}/ckpt.pt", generate='generate --prompt "Once upon a time"')

@@ -29,6 +29,7 @@ SAMPLING: Options = {
 TRAINING: Options = {
     "model_type": (str, "Preset from scratch (nano, micro, mini, ...) or pretrained name to fine-tune."),
     "init_from": (str, "scratch, a pretrained name, or a run or checkpoint to start from."),
+    "overwrite": (bool, "Replace a finished run in output_dir; it moves to out/.trash."),
     "tokenizer": (str, "For a model from scratch: gpt2, char or bpe:<size>."),
     "max_iters": (int, "Iterations: updates of the weights."),
     "batch_size": (int, "Windows of text in one step."),

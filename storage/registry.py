@@ -75,7 +75,10 @@ def _by_path(workspace: Workspace, value: str) -> ModelReference:
     if not all(NAME.fullmatch(part) for part in parts):
         raise BadName(f"model_path is not one that can be loaded; {PATH_RULE}")
     if parts[0] == "out" and 2 <= len(parts) <= 4:
-        path = _locate(workspace.out, parts[1:], value)
+        try:
+            path = _locate(workspace.out, parts[1:], value)
+        except NotFound as error:
+            raise NotFound(f"{error}{workspace.nearest(parts[1])}") from None
         return ModelReference(_trained_id(path, workspace.out), _kind(path, "trained"), path, value)
     if parts[0] == "models" and 2 <= len(parts) <= 3:
         path = _locate(workspace.models, parts[1:], value)

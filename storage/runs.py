@@ -6,6 +6,7 @@ else in the folder is the trainer's. No torch here, and no knowledge of what is 
 """
 
 import contextlib
+import difflib
 import os
 import stat
 from dataclasses import dataclass
@@ -208,6 +209,12 @@ class Workspace:
     def runs(self) -> list[Run]:
         """Return all run folders, sorted by name; links and odd names are left out."""
         return [Run(name, self.out / name) for name in self.names()]
+
+    def nearest(self, name: str) -> str:
+        """Return how a message about a run that is not there ends: "; did you mean my_run?", or nothing."""
+        names = self.names()
+        near = [] if name in names else difflib.get_close_matches(name, names, n=1)
+        return f"; did you mean {near[0]}?" if near else ""
 
     def trained_models(self) -> list[dict[str, Any]]:
         """Return the description of every run that has weights, sorted by name; see describe_run."""

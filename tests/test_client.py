@@ -543,6 +543,13 @@ def test_follow_of_a_job_that_did_not_succeed_gives_its_reason(server, state):
     server.job |= {"state": state, "error": "out of memory"}
     done = run("jobs", "follow", "mine")
     assert done.exit_code == 1 and f"job mine {state}: out of memory" in done.stderr
+    assert "jobs log mine" in done.stderr and "jobs resume mine" not in done.stderr  # there is nothing to go on from
+
+
+@pytest.mark.parametrize("state", ["failed", "lost"])
+def test_follow_says_how_a_job_with_a_checkpoint_goes_on(server, state):
+    server.job |= {"state": state, "error": "killed", "has_checkpoint": True}
+    assert "jobs resume mine" in run("jobs", "follow", "mine").stderr
 
 
 def test_follow_finds_a_server_again_that_was_away(server):

@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -74,6 +75,13 @@ def test_the_readme_names_no_route_that_is_not_there():
 def test_every_setting_is_in_the_readme_with_its_default(setting):
     (row,) = [line for line in LINES if line.startswith(f"| `--{setting.name}` |")]
     assert setting.shown_default in row and setting.also in row
+
+
+@pytest.mark.parametrize("setting", [f for f in fields(Settings) if f.metadata["choices"]], ids=lambda f: f.name)
+def test_every_choice_of_a_setting_is_in_the_readme_and_the_help(setting):
+    (row,) = [line for line in LINES if line.startswith(f"| `--{setting.name}` |")]
+    for choice in setting.metadata["choices"]:
+        assert choice in row.split("|")[3] and choice in setting.metadata["help"]
 
 
 @pytest.mark.parametrize("command", sorted(commands(api_client.cli)))

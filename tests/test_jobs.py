@@ -255,6 +255,15 @@ def test_of_fifty_racing_requests_for_one_folder_exactly_one_wins(place):
     assert results.count("a") == 1 and len(place.backend.started) == 1
 
 
+def test_a_job_that_is_not_there_is_refused_with_the_nearest_name(place):
+    manager = place.manager()
+    manager.create(config("my_model"))
+    with pytest.raises(NotFound, match=r"there is no job my_modle; did you mean my_model[?]$"):
+        manager.get("my_modle")
+    with pytest.raises(NotFound, match=r"there is no job x$"):
+        manager.get("x")
+
+
 def test_a_folder_with_a_model_is_refused_and_with_overwrite_kept_in_the_trash(place):
     manager = place.manager()
     (place.workspace.out / "a").mkdir()

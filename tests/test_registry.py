@@ -35,6 +35,20 @@ def workspace(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("value", "hint"),
+    [
+        ("out/rum/ckpt.pt", "; did you mean run?"),
+        ("out/nothing", ""),
+        ("out/run/ckpt-100.pt", ""),  # the run is right
+    ],
+)
+def test_a_run_that_is_not_there_is_refused_with_the_nearest_name(workspace, value, hint):
+    with pytest.raises(NotFound) as caught:
+        resolve(workspace, model_path=value)
+    assert str(caught.value) == f"{value} does not exist{hint}"
+
+
+@pytest.mark.parametrize(
     ("value", "id", "kind", "path"),
     [
         ("out/run/ckpt.pt", "run", "trained", "out/run/ckpt.pt"),

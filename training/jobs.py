@@ -92,7 +92,7 @@ class JobManager:
         """Return a job. Raises BadName, NotFound, and NotLoadable for a folder that cannot be read."""
         run = self._workspace.run(check_name("job", name))
         if not run.exists() or not is_job(run):
-            raise NotFound(f"there is no job {run.name}")
+            raise NotFound(f"there is no job {run.name}{self._workspace.nearest(run.name)}")
         return Job(run, self._positions().get(run.name))
 
     def counts(self) -> dict[str, int]:
@@ -127,7 +127,8 @@ class JobManager:
             self._require_idle(run)
             admission.require_folder(run)
             if (replaces := admission.has_weights(run)) and not config.overwrite:
-                raise JobBusy(f"{run.relative} holds a trained model: resume it, delete it, or set overwrite")
+                ways = "resume it, delete it, set overwrite, or choose another output_dir"
+                raise JobBusy(f"{run.relative} holds a trained model: {ways}")
             if replaces:
                 self._require_unneeded(run)
             admission.require_room(self._workspace, disk_space.needed(resolved))

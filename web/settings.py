@@ -62,8 +62,17 @@ class Settings:
         also="MODEL_ALLOW_LIST",
     )
 
-    device: str = setting("auto", "where models run", choices=("auto", "cpu", "cuda", "mps"), also="DEFAULT_DEVICE")
-    dtype: str = setting("auto", "precision of the weights that serve", choices=("auto", "fp32", "bf16", "int8"))
+    device: str = setting(
+        "auto",
+        "where models run: auto, cpu, cuda or mps",
+        choices=("auto", "cpu", "cuda", "mps"),
+        also="DEFAULT_DEVICE",
+    )
+    dtype: str = setting(
+        "auto",
+        "precision of the weights that serve: auto, fp32, bf16 or int8",
+        choices=("auto", "fp32", "bf16", "int8"),
+    )
     model_memory_bytes: int | None = setting(
         None,
         "most bytes of memory that models take together which requests name; default: half of the machine's",
@@ -89,7 +98,7 @@ class Settings:
     max_jobs: int = setting(1, "training jobs that run at once; others wait", 1, 64)
     training_priority: str = setting(
         "low",
-        "CPU time of jobs where the server wants it, too: a tenth, next to none, or a fair share",
+        "CPU time of jobs where the server wants it, too: low (a tenth), idle (next to none) or normal (a fair share)",
         choices=("low", "idle", "normal"),
     )
     training_memory_bytes: int | None = setting(
@@ -115,8 +124,12 @@ class Settings:
     )
     rate_limit: str | None = setting(None, 'requests allowed per key or address, such as "60 per minute"')
     enable_embeddings_backend: bool = setting(True, "serve /v1/embeddings: 1 or 0", also="ENABLE_EMBEDDINGS_BACKEND")
-    log_format: str = setting("text", "form of log lines", choices=("text", "json"))
-    log_level: str = setting("info", "least level that is logged", choices=("debug", "info", "warning", "error"))
+    log_format: str = setting("text", "form of log lines: text or json", choices=("text", "json"))
+    log_level: str = setting(
+        "info",
+        "least level that is logged: debug, info, warning or error",
+        choices=("debug", "info", "warning", "error"),
+    )
 
     @property
     def keys(self) -> tuple[str, ...]:
