@@ -1,6 +1,6 @@
 """The command-line client: click commands over one `ApiClient`, which speaks HTTP to a running server.
 
-    python api_client.py status | list | load | unload | generate | train | jobs | datasets | upload | export
+    python api_client.py status | list | load | unload | generate | chat | train | jobs | datasets | upload | export
 
 Text goes to stdout, notes and errors to stderr; `--json` prints the raw reply. Exit codes: 0 done, 1 the server
 refused or failed, 2 wrong usage, 3 server not reachable, 130 stopped by Ctrl-C. `client/` holds the HTTP calls, the
@@ -22,6 +22,7 @@ from client.commands import command, global_options
 from client.compare import compare, save_picture
 from client.follow import INTERRUPTED, follow, standing
 from client.options import SAMPLING, TRAINING, check_name, check_names, given, options, parse_settings, read_prompt
+from client.text import converse, print_end, stream
 from client.view import advise, megabytes, note, print_dry_run, print_reply, raw, say
 
 
@@ -79,8 +80,10 @@ def load(client: ApiClient, **which: str | None) -> None:
     if len(given(which)) != 1:
         raise click.UsageError("give exactly one of --model_type and --model_path; `list` shows what there is")
     note("loading ...")
-    print_reply(client.load_model(given(which)))
-    advise(client, generate='generate --prompt "Once upon a time"')
+    reply = client.load_model(given(which))
+    print_reply(reply)
+    chats = reply["model"].get("chat")
+    advise(client, **({"chat": "chat"} if chats else {"generate": 'generate --prompt "Once upon a time"'}))
 
 
 @command(cli, "unload")
@@ -88,27 +91,6 @@ def unload(client: ApiClient) -> None:
     """Unload the model and give its memory back."""
     print_reply(client.unload_model())
     advise(client, load="load --model_type tiny-shakespeare")
-
-
-def stream(client: ApiClient, body: Reply) -> None:
-    """Print the prompt, then the text as it comes; the notes about it go to stderr."""
-    end: Reply = {}
-    try:
-        for number, event in enumerate(client.generate_stream(body | {"stream": True})):
-            say(body["prompt"] if number == 0 else "", nl=False)
-            say(event.get("text", ""), nl=False)
-            end = event
-    except KeyboardInterrupt:
-        say()
-        note("stopped")
-        raise click.exceptions.Exit(INTERRUPTED) from None
-    say()
-    print_end(end)
-
-
-def print_end(reply: Reply) -> None:
-    usage = reply.get("usage") or {}
-    note(f"[{usage.get('completion_tokens', '?')} tokens, finish_reason {reply.get('finish_reason')}]")
 
 
 @command(cli, "generate")
@@ -128,6 +110,16 @@ def generate(client: ApiClient, prompt: str, max_tokens: int | None, no_stream: 
     for sample in reply.get("samples") or [reply]:
         say(sample["generated_text"])
     print_end(reply)
+
+
+@command(cli, "chat")
+@click.option("--message", help="Say this and no more; else messages are read from standard input.")
+@click.option("--system", help="What the model is told before the conversation.")
+@click.option("--max_tokens", type=int, help="New tokens of an answer at most.")
+@options({name: row for name, row in SAMPLING.items() if name != "num_samples"})
+def chat(client: ApiClient, message: str | None, system: str | None, **sampling: Any) -> None:
+    """Talk with a model that was trained on chats; Ctrl-D or Ctrl-C ends it."""
+    converse(client, message, system, given(sampling))
 
 
 # ---- training
@@ -157,8 +149,7 @@ def train(client: ApiClient, settings: tuple[str, ...], live: bool, dry_run: boo
     print_reply(reply) if raw() else say(f"{reply['message']}: job {name}, settings in {reply['config_path']}")
     if live:
         return follow(client, name)
-    after = {"load": f"load --model_path out/{name}/ckpt.pt", "generate": 'generate --prompt "Once upon a time"'}
-    advise(client, follow=f"jobs follow {name}", **after)
+    advise(client, follow=f"jobs follow {name}", load=f"load --model_path out/{name}/ckpt.pt")
 
 
 @cli.group("jobs", invoke_without_command=True)

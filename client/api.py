@@ -58,6 +58,11 @@ def json_object(text: str | bytes, origin: str) -> Reply:
     raise ApiError(f"{origin} is not a JSON object; is that this project's server?")
 
 
+def complaint(error: Any) -> str:
+    """Return the sentence of an error, which under /v1 is an object."""
+    return str(error["message"] if isinstance(error, dict) else error)
+
+
 def event_data(blocks: Iterable[bytes]) -> Iterator[str]:
     """Yield the data of each server-sent event: its data lines joined; comments and other fields are dropped."""
     rest, data = b"", []
@@ -140,8 +145,7 @@ class ApiClient:
 
         status = response.status_code
         try:
-            error = json_object(response.content, "the error")["error"]
-            message = str(error["message"] if isinstance(error, dict) else error)
+            message = complaint(json_object(response.content, "the error")["error"])
         except (ApiError, KeyError, requests.RequestException):
             message = f"{self.url}{path} answers {status} {response.reason}; is that this project's server?"
         hint = " (the key goes into --api_key or LM_SERVER_API_KEY)" if status == 401 else ""
@@ -165,7 +169,7 @@ class ApiClient:
                         return
                     event = json_object(data, f"an event of {self.url}{path}")
                     if "error" in event:
-                        raise ApiError(str(event["error"]))
+                        raise ApiError(complaint(event["error"]))
                     yield event
         raise ApiError("the stream was cut: the connection ended before the server said that it was done", away=True)
 
@@ -208,6 +212,8 @@ class ApiClient:
     unload_model = partialmethod(call, "POST", "/api/unload_model", seconds=LONG_SECONDS)
     generate = partialmethod(call, "POST", "/api/generate", seconds=LONG_SECONDS)
     generate_stream = partialmethod(events, "POST", "/api/generate")
+    chat = partialmethod(call, "POST", "/v1/chat/completions", seconds=LONG_SECONDS)
+    chat_stream = partialmethod(events, "POST", "/v1/chat/completions")
     train = partialmethod(call, "POST", "/api/train")
     dry_run = partialmethod(call, "POST", "/api/train", seconds=LONG_SECONDS)
     jobs = partialmethod(call, "GET", "/api/jobs")

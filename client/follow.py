@@ -188,4 +188,4 @@ def follow(client: ApiClient, name: str) -> None:
         raise click.exceptions.Exit(1)
     best = None if job.get("best_val_loss") is None else f"best val {job['best_val_loss']:.4f}"
     note("  ".join(filter(None, (standing(job), best, job.get("note")))))
-    advise(client, load=f"load --model_path out/{name}/ckpt.pt", generate='generate --prompt "Once upon a time"')
+    advise(client, load=f"load --model_path out/{name}/ckpt.pt")

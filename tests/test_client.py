@@ -65,6 +65,7 @@ class FakeServer(ThreadingHTTPServer):
             "POST /api/load_model": lambda: {"message": "Model loaded successfully", "model": {"id": "mine"}},
             "POST /api/unload_model": lambda: {"message": "Model unloaded"},
             "POST /api/generate": lambda: self.generate(body),
+            "POST /v1/chat/completions": lambda: self.chat(body),
             "POST /api/train": lambda: {
                 "message": "Training started",
                 "config": body,
@@ -97,6 +98,14 @@ class FakeServer(ThreadingHTTPServer):
         pieces = [f'data: {{"text": "{piece}", "index": 0}}' for piece in (" there", " was")]
         end = 'data: {"generated_text": "Once there was", "finish_reason": "length", "usage": {"completion_tokens": 2}}'
         return sse(": ping", *pieces, end, "data: [DONE]")
+
+    def chat(self, body: dict) -> object:
+        text = f"message {len(body['messages'])}"
+        if not body.get("stream"):
+            return {"choices": [{"message": {"role": "assistant", "content": text}}]}
+        deltas = [{"role": "assistant", "content": ""}, {"content": text[:4]}, {"content": text[4:]}, {}]
+        frames = [json.dumps({"choices": [{"index": 0, "delta": delta}]}) for delta in deltas]
+        return sse(*(f"data: {frame}" for frame in frames), "data: [DONE]")
 
     def look(self) -> dict:
         self.polls += 1
@@ -228,6 +237,12 @@ def test_load_sends_the_one_choice_and_says_what_next(server, words, sent):
     done = run("load", *words)
     assert body_of(server) == sent
     assert "Model loaded successfully" in done.stdout and "generate --prompt" in done.stderr
+
+
+def test_after_a_model_that_chats_is_loaded_chat_is_next(server):
+    server.answers["POST /api/load_model"] = {"message": "loaded", "model": {"id": "mine", "chat": True}}
+    said = run("load", "--model_path", "out/mine/ckpt.pt").stderr
+    assert "python api_client.py chat" in said and "generate" not in said
 
 
 @pytest.mark.parametrize("words", [[], ["--model_type", "a", "--model_path", "b"]])
@@ -516,6 +531,44 @@ def test_a_key_with_a_line_end_is_a_usage_error():
 def test_events_are_parsed_across_blocks_with_comments_and_joined_lines():
     text = ": hello\nevent: x\nid: 1\ndata: a\r\ndata:b\n\n\ndata: ü\u2028\n\ndata: cut".encode()
     assert list(event_data(text[i : i + 1] for i in range(len(text)))) == ["a\nb", "ü\u2028"]
+
+
+# ---- conversations
+
+
+def test_one_message_is_answered_as_it_comes(server):
+    done = run("chat", "--message", "hello", "--system", "Be brief.", "--temperature", "0", "--max-tokens", "9")
+    assert done.exit_code == 0 and done.stdout == "message 2\n"
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}]
+    assert body_of(server) == {"messages": messages, "temperature": 0, "max_tokens": 9, "stream": True}
+
+
+def test_a_conversation_is_sent_as_a_whole_until_the_input_ends(server):
+    done = run("chat", stdin="hello\n\nand then?\n")
+    assert done.exit_code == 0 and done.stdout == "message 1\nmessage 3\n"
+    said = [(message["role"], message["content"]) for message in body_of(server)["messages"]]
+    assert said == [("user", "hello"), ("assistant", "message 1"), ("user", "and then?")]
+
+
+def test_chat_as_json_prints_the_replies(server):
+    assert json.loads(run("chat", "--message", "hello", "--json").stdout)["choices"][0]["message"]["content"]
+
+
+def test_a_message_that_is_refused_begins_a_new_conversation(server):
+    refusal = (400, "application/json", json.dumps({"error": {"message": "the context is full"}}).encode())
+    answers = iter([lambda: server.chat(server.requests[-1][2]), lambda: refusal])
+    again = lambda: server.chat(server.requests[-1][2])  # noqa: E731
+    server.answers["POST /v1/chat/completions"] = lambda: next(answers, again)()
+    done = run("chat", "--system", "Be brief.", stdin="one\ntwo\nthree\n")
+    assert done.exit_code == 0 and done.stdout == "message 2\nmessage 2\n"
+    assert "the context is full" in done.stderr and "new conversation" in done.stderr
+
+
+def test_a_first_message_that_is_refused_is_an_error(server):
+    body = json.dumps({"error": {"message": "mine completes text"}}).encode()
+    server.answers["POST /v1/chat/completions"] = (501, "application/json", body)
+    done = run("chat", stdin="one\ntwo\n")
+    assert done.exit_code == 1 and "mine completes text" in done.stderr and len(server.requests) == 1
 
 
 # ---- following a job

@@ -13,6 +13,7 @@ from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
 
 from inference.backend import ServedModel
+from storage.chat_format import is_chat
 from storage.registry import pretrained_names
 from web import sse
 from web.batch import Batch, context_tokens, encode, loaded_model, too_long
@@ -36,6 +37,7 @@ def describe(model: ServedModel | None) -> dict[str, Any] | None:
         "kind": model.reference.kind,
         "label": model.reference.label,
         "tokenizer": model.tokenizer.name,
+        "chat": is_chat(model.tokenizer),
         "block_size": model.block_size,
         "vocab_size": model.vocab_size,
         "parameters": model.parameters,

@@ -94,5 +94,4 @@ def test_the_readmes_recipe_makes_a_chat_model(alone, tmp_path):
         code = commands(part).replace("http://127.0.0.1:5000", alone.url)
         code = code.replace("python api_client.py", f"python {ROOT / 'api_client.py'} --url {alone.url}")
         said = output(["bash", "-e", "-o", "pipefail", "-s"], tmp_path, code)
-    reply = json.loads(said.splitlines()[-1])
-    assert reply["object"] == "chat.completion" and reply["choices"][0]["message"]["content"] == "A small model."
+    assert said.splitlines()[-1] == "A small model."
