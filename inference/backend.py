@@ -31,7 +31,7 @@ class ServedModel:
     runner_reason: str  # why this runner serves, in words
     device: str
     dtype: str
-    fingerprint: str  # of weights, tokenizer, runner and dtype
+    fingerprint: str  # of weights, tokenizer, runner, dtype and the runner's arithmetic
     loaded_at: float  # seconds since the epoch
     load_seconds: float
 

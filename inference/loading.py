@@ -94,7 +94,7 @@ class ModelSource:
             runner_reason=reason,
             device=runner.device,
             dtype=runner.dtype,
-            fingerprint=f"fp_{weights}_{tokenizer.fingerprint[:6]}_{runner.name}_{runner.dtype}",
+            fingerprint=f"fp_{weights}_{tokenizer.fingerprint[:6]}_{runner.name}_{runner.dtype}_{runner.arithmetic}",
             loaded_at=time.time(),
             load_seconds=time.monotonic() - started,
         )

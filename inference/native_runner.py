@@ -13,6 +13,7 @@ import weakref
 from array import array
 from collections.abc import Callable, Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -93,6 +94,7 @@ class NativeRunner:
         self._best = array("q", bytes(8 * len(self._logits)))
         self._begun: tuple[Sequence[int] | bool, ...] | None = None  # what begin() was asked for
         self._lib = _load()
+        self.arithmetic = Path(self._lib._name).stem[-6:]  # a hash of sources, compiler and instructions
         step = self._lib.step_open(ctypes.byref(native))
         if step is None:
             raise MemoryError("no memory or threads for the native step")

@@ -29,6 +29,7 @@ class ModelRunner(Protocol):
     name: str  # "torch", "native"
     device: str  # "cpu", "cuda"
     dtype: str  # "fp32", "bf16", "int8"
+    arithmetic: str  # six characters that differ where the same weights may give other bits: library, device
     slots: int  # rows of the KV cache: the most sequences that can run at once
     block_size: int  # the longest sequence, in tokens
     vocab_size: int

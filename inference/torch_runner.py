@@ -5,6 +5,7 @@ A step's rows go through the linears together, whatever sequences they belong to
 are packed (packed_linear.py). On CUDA, steps that only decode are replayed from graphs (decode_graphs.py).
 """
 
+import hashlib
 import logging
 from collections.abc import Sequence
 
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 from inference.decode_graphs import DecodeGraphs, Record, return_memory
 from inference.kv_cache import KVCache
+from inference.native.machine import cpu_flags
 from inference.packed_linear import can_pack, fewest_rows, pack
 from inference.runner import Begin, check_copy, check_slot
 from model import GPT
@@ -21,6 +23,13 @@ from model import GPT
 logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def _arithmetic(device: str) -> str:
+    """Return a short hash of what computes: torch's version, and the GPU's name or the CPU's instructions."""
+    instructions = sorted(flag for flag in cpu_flags() if flag.startswith(("avx", "amx")))
+    where = [torch.cuda.get_device_name()] if device == "cuda" else instructions
+    return hashlib.sha256(" ".join([torch.__version__, device, *where]).encode()).hexdigest()[:6]
 
 
 class TorchRunner:
@@ -45,6 +54,7 @@ class TorchRunner:
             raise ValueError(f"dtype is {dtype!r}; the torch runner has {', '.join(DTYPES)}")
         config = model.config
         self.device, self.dtype, self.slots = device, dtype, slots
+        self.arithmetic = _arithmetic(device)
         self.block_size, self.vocab_size = config.block_size, config.vocab_size
         model = model.to(device=device, dtype=DTYPES[dtype]).eval().requires_grad_(False)
         self._fewest = 1  # rows that are computed at least

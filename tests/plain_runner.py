@@ -4,7 +4,7 @@
 class PlainRunner:
     """Says of itself what a runner may, and can do nothing beside `rows`, which each stand-in has of its own."""
 
-    device, dtype, position_bytes = "cpu", "fp32", 4
+    device, dtype, arithmetic, position_bytes = "cpu", "fp32", "000000", 4
     independent, own_threads = False, False
     last_argmax: list[int] | None = None
     greatest = draw = logprobs = begin = None

@@ -641,6 +641,22 @@ def test_the_fingerprint_tells_weights_apart(make: Callable[..., Engine]) -> Non
     assert first.fingerprint == same.fingerprint != other.fingerprint and first is not same
 
 
+@pytest.mark.parametrize("change", [{"name": "other"}, {"dtype": "bf16"}, {"arithmetic": "1"}, {}], ids=str)
+def test_the_fingerprint_tells_runners_and_tokenizers_apart(
+    make: Callable[..., Engine], change: dict[str, str]
+) -> None:
+    runners, words = [FakeRunner(), FakeRunner()], [FakeTokenizer(), FakeTokenizer()]
+    vars(runners[1]).update(change)
+    if not change:
+        words[1].fingerprint = "another"
+    built, read = iter(runners), iter(words)
+    engine = make(
+        loader=lambda ref, w: SimpleNamespace(model=tiny(), tokenizer=next(read)),
+        build=lambda model, asked: (next(built), "a test"),
+    )
+    assert engine.load(reference()).fingerprint != engine.load(reference()).fingerprint
+
+
 def test_torch_has_one_thread_beside_a_runner_that_has_its_own(fake: Callable[..., Bench]) -> None:
     bench = fake(threads=2)
     runner = bench.runners[0]

@@ -15,7 +15,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from inference import native_runner
+from inference.build import RunnerOptions, build_runner
 from inference.native import build
+from inference.native.packing import Model
 from inference.native_runner import NativeRunner
 from model import GPT, GPTConfig
 from storage import pretrained
@@ -423,6 +426,29 @@ def test_logits_stay_valid_after_the_runner_is_closed_and_closing_twice_is_fine(
     assert torch.equal(logits, before)
     with pytest.raises(ValueError, match="closed"):
         runner.rows([1], [0], [0], [0])
+
+
+def test_other_instructions_are_another_arithmetic(monkeypatch):
+    runner = NativeRunner(model_of(SHAPES["odd"]), slots=1, dtype="bf16", threads=1)
+    assert NativeRunner(model_of(SHAPES["odd"]), slots=1, dtype="int8", threads=2).arithmetic == runner.arithmetic
+    fewer = build.cpu_flags() - set(build.USEFUL)
+    monkeypatch.setattr(build, "cpu_flags", lambda: fewer)
+    other = NativeRunner(model_of(SHAPES["odd"]), slots=1, dtype="bf16", threads=1)
+    assert other.arithmetic != runner.arithmetic and len(other.arithmetic) == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("VERSION", native_runner.VERSION + 1),
+        ("Model", type("Model", (Model,), {"_fields_": [("more", ctypes.c_long)]})),
+    ],
+)
+def test_a_library_of_another_version_or_layout_is_a_reason_for_the_torch_runner(monkeypatch, name, changed):
+    monkeypatch.setattr(native_runner, name, changed)
+    assert "another version of the interface" in NativeRunner.unsupported(SHAPES["odd"], "bf16")
+    runner, reason = build_runner(model_of(SHAPES["odd"]), RunnerOptions(device="cpu"))
+    assert runner.name == "torch" and "another version" in reason
 
 
 def test_several_runners_compute_at_the_same_time_in_one_process():

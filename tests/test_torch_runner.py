@@ -248,6 +248,18 @@ def test_memory_is_put_into_huge_pages_and_keeps_what_it_holds() -> None:
     assert torch.equal(numbers, torch.arange(4 << 20, dtype=torch.int32))
 
 
+def test_its_arithmetic_is_told_by_torchs_version_and_the_processors_instructions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def told(flags: set[str], version: str = "2.0") -> str:
+        monkeypatch.setattr("inference.torch_runner.cpu_flags", lambda: frozenset(flags))
+        monkeypatch.setattr(torch, "__version__", version)
+        return TorchRunner(tiny(), slots=1).arithmetic
+
+    assert told({"avx2", "sse"}) == told({"avx2", "aes"})
+    assert len({told({"avx2"}), told({"avx2", "avx512f"}), told({"avx2"}, "2.1")}) == 3
+
+
 def test_a_precision_it_does_not_have_is_refused() -> None:
     with pytest.raises(ValueError, match="dtype is 'int4'; the torch runner has fp32, bf16"):
         TorchRunner(tiny(), 1, dtype="int4")
