@@ -112,6 +112,14 @@ def test_nothing_else_is_served(server, path):
     assert server.get(path).status_code in (400, 404)
 
 
+def test_every_module_and_element_that_the_page_names_is_there():
+    page = (STATIC / "index.html").read_text()
+    for script in ("app.js", "dom.js", "server.js", "text.js"):
+        text = (STATIC / script).read_text()
+        assert all((STATIC / name).is_file() for name in re.findall(r'from "\./([\w.]+)"', text))
+        assert [name for name in re.findall(r'\$\("([\w-]+)"\)', text) if f'id="{name}"' not in page] == []
+
+
 def test_our_pages_name_no_other_address_and_have_no_inline_script():
     for file in STATIC.iterdir():
         text = file.read_text().replace("http://www.w3.org/2000/svg", "")

@@ -1,125 +1,13 @@
-// The web page: generate with a stream, choose the model, start and watch training jobs, manage datasets.
-// Plain DOM and fetch, no library. Text from the server is only ever set as textContent.
+// The web page: choose the model, start and watch training jobs, manage datasets; text.js generates and talks.
+// Plain DOM and fetch, no library.
+
+import { $, act, el, fields, notice, svg } from "./dom.js";
+import { get, post, send } from "./server.js";
+import { suit } from "./text.js";
 
 const JOB_SECONDS = 2;
 const STATUS_SECONDS = 5;
 const ACTIVE = ["queued", "running"];
-const $ = (id) => document.getElementById(id);
-
-/** Make an element: el("button", {className: "small", onclick}, "Stop"). */
-function el(tag, properties = {}, ...children) {
-  const element = Object.assign(document.createElement(tag), properties);
-  element.append(...children);
-  return element;
-}
-
-function svg(tag, attributes, text = "") {
-  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
-  element.textContent = text;
-  return element;
-}
-
-function notice(text) {
-  $("notice").textContent = text;
-  $("notice").hidden = !text;
-}
-
-// ---- talking to the server
-
-async function send(path, options = {}) {
-  const reply = await fetch(path, options);
-  if (reply.ok) return reply;
-  const body = await reply.json().catch(() => ({}));
-  throw new Error(body.error?.message ?? body.error ?? `the server answered ${reply.status}`);
-}
-
-const get = async (path) => (await send(path)).json();
-
-const post = (path, body, more = {}) =>
-  send(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body), ...more });
-
-/** Run an action of the user; what goes wrong is shown. */
-async function act(action) {
-  notice("");
-  try {
-    await action();
-  } catch (error) {
-    if (error.name !== "AbortError") notice(error.message);
-  }
-}
-
-/** Give the events of a streamed reply; ends at [DONE], fails on an error event or an early end. */
-async function* events(reply) {
-  const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) throw new Error("the connection ended before the text did");
-    const frames = (rest + value).split("\n\n");
-    rest = frames.pop();
-    for (const frame of frames) {
-      if (!frame.startsWith("data: ")) continue;
-      if (frame === "data: [DONE]") return;
-      const event = JSON.parse(frame.slice(6));
-      if (event.error) throw new Error(event.error);
-      yield event;
-    }
-  }
-}
-
-/** Return a form's fields; empty ones are left out, numbers are numbers. */
-function fields(form) {
-  const found = {};
-  for (const input of form.elements) {
-    if (!input.name || input.value === "") continue;
-    found[input.name] = input.type === "number" ? Number(input.value) : input.value;
-  }
-  return found;
-}
-
-// ---- generating
-
-let running = null; // the AbortController of the stream that is shown
-
-async function generate() {
-  const body = { ...fields($("generate-form")), prompt: $("prompt").value, stream: true };
-  const written = el("span");
-  $("output").replaceChildren(el("span", { className: "prompt" }, body.prompt), written);
-  running = new AbortController();
-  $("go").disabled = true;
-  $("halt").disabled = false;
-  $("speed").textContent = "…";
-  const begun = performance.now();
-  try {
-    const reply = await post("/api/generate", body, { signal: running.signal });
-    for await (const event of events(reply)) {
-      if (event.text !== undefined) written.append(event.text);
-      else showSpeed(event, (performance.now() - begun) / 1000);
-      $("output").scrollTop = $("output").scrollHeight;
-    }
-  } finally {
-    running = null;
-    $("go").disabled = false;
-    $("halt").disabled = true;
-    if ($("speed").textContent === "…") $("speed").textContent = "";
-  }
-}
-
-function showSpeed(reply, seconds) {
-  const tokens = reply.usage.completion_tokens;
-  const speed = Math.round(tokens / seconds);
-  $("speed").textContent = `${tokens} tokens, ${speed} per second, seed ${reply.parameters.seed}`;
-}
-
-$("generate-form").addEventListener("submit", (event) => {
-  event.preventDefault();
-  act(generate);
-});
-$("halt").addEventListener("click", () => running?.abort());
-$("prompt").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("generate-form").requestSubmit();
-});
 
 // ---- the model
 
@@ -130,6 +18,7 @@ let served = ""; // the id of the loaded model
 function showStatus(status) {
   const model = status.model;
   served = model?.id ?? "";
+  suit(model);
   $("status").className = model ? "ok" : "";
   $("status").textContent = model ? `${model.id} on ${model.device}` : "no model loaded";
   $("unload").disabled = !model;
@@ -165,7 +54,18 @@ async function refreshModels() {
   $("models").replaceChildren(...(runs.length ? [trained] : []), pretrained);
   const serving = [...$("models").options].find((entry) => entry.text === served);
   $("models").value = chosen || serving?.value || $("models").value;
-  return names;
+  refreshStarts(names, runs);
+}
+
+/** Offer what a training may start with: presets, pretrained models, and runs. */
+function refreshStarts(names, runs) {
+  const select = $("start");
+  const chosen = select.value;
+  const presets = ["nano", "micro", "mini"].map((name) => option(`${name}, from scratch`, { model_type: name }));
+  const tuned = names.map((name) => option(`${name}, fine-tuned`, { model_type: name }));
+  select.replaceChildren(...presets, ...tuned, ...runs.map(({ name }) => option(`${name}, fine-tuned`, { init_from: name })));
+  if (chosen) select.value = chosen;
+  if (select.selectedIndex < 0) select.selectedIndex = 0;
 }
 
 async function load(choice) {
@@ -194,7 +94,7 @@ const number = (value, digits = 3) => (value === null || value === undefined ? "
 function duration(seconds) {
   if (seconds === null || seconds === undefined) return "";
   const [h, m, s] = [seconds / 3600, (seconds / 60) % 60, seconds % 60].map(Math.floor);
-  return h ? `${h} h ${m} min` : m ? `${m} min ${s} s` : `${s} s`;
+  return h ? `${h}h${m}m` : m ? `${m}m${s}s` : `${s}s`;
 }
 
 function jobButtons(job) {
@@ -282,7 +182,7 @@ function drawCurve(rows) {
 $("train-form").addEventListener("submit", (event) => {
   event.preventDefault();
   act(async () => {
-    const body = fields(event.target);
+    const body = { ...fields(event.target), ...JSON.parse($("start").value) };
     body.output_dir = `out/${body.output_dir}`;
     const { job } = await (await post("/api/train", body)).json();
     shown = { name: job.name, rows: [], after: -1 };
@@ -292,7 +192,7 @@ $("train-form").addEventListener("submit", (event) => {
 
 // ---- datasets
 
-const size = (bytes) => (bytes >= 1e6 ? `${(bytes / 1e6).toFixed(1)} MB` : `${(bytes / 1e3).toFixed(1)} kB`);
+const size = (n) => (n >= 1e6 ? `${(n / 1e6).toFixed(1)} MB` : n >= 1e3 ? `${(n / 1e3).toFixed(1)} kB` : `${n} B`);
 
 async function refreshDatasets() {
   const { datasets } = await get("/api/datasets");
@@ -333,10 +233,7 @@ async function repeat(refresh, seconds) {
 
 async function start() {
   await refreshStatus();
-  const names = await refreshModels();
-  const presets = ["nano", "micro", "mini"];
-  const types = [...presets.map((n) => [`${n}, from scratch`, n]), ...names.map((n) => [`${n}, fine-tuned`, n])];
-  $("train-form").elements.model_type.replaceChildren(...types.map(([label, value]) => el("option", { value }, label)));
+  await refreshModels();
   await refreshDatasets();
 }
 
