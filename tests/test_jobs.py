@@ -700,6 +700,20 @@ def test_a_second_server_on_the_same_out_is_refused_by_name(place):
         OutLock(place.workspace.out, patience=0.05)
 
 
+def test_a_full_disk_does_not_keep_a_server_from_holding_out(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    OutLock(tmp_path / "out").release()
+
+
+def test_a_pipe_in_the_place_of_the_lock_is_refused(tmp_path):
+    os.mkfifo(tmp_path / ".lock")
+    with pytest.raises(OutInUse, match=r"\.lock is a pipe or a device, not a file; remove it"):
+        OutLock(tmp_path)
+
+
 def test_a_run_trained_by_hand_is_a_job_too(place):
     run = place.workspace.run("byhand")
     run.folder.mkdir()

@@ -103,6 +103,14 @@ def test_each_key_opens(guarded, key):
     assert guarded.get("/api/status", headers=bearer(key)).status_code == 200
 
 
+def test_a_key_may_have_any_letters_and_comes_as_utf_8(tmp_path, tokenizer):
+    server = FakeServer(tmp_path, tokenizer, api_key=("s\u00e9same",))
+    as_wsgi_has_it = "s\u00e9same".encode().decode("latin-1")
+    assert server.get("/api/status", headers=bearer(as_wsgi_has_it)).status_code == 200
+    code = base64.b64encode("me:s\u00e9same".encode()).decode()
+    assert server.get("/api/status", headers={"Authorization": f"Basic {code}"}).status_code == 200
+
+
 def test_each_key_has_a_cache_of_its_own_and_without_keys_all_clients_share_one(server, guarded):
     body = {"prompt": "a", "max_new_tokens": 1}
     for key in ("sesame", "open", "sesame"):

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import stat
 import time
 from pathlib import Path
 
@@ -21,17 +22,20 @@ class OutLock:
     def __init__(self, out: Path, patience: float = PATIENCE):
         try:
             out.mkdir(parents=True, exist_ok=True)
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
             self._descriptor = os.open(out / ".lock", flags, 0o644)
         except OSError as error:
             raise OutInUse(f"{out.name}/ cannot be used for training: {os.strerror(error.errno or 0)}") from None
         try:
+            if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+                raise OutInUse(f"{out.name}/.lock is a pipe or a device, not a file; remove it")
             self._acquire(out, time.monotonic() + patience)
         except BaseException:
             os.close(self._descriptor)
             raise
-        os.truncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, str(os.getpid()).encode(), 0)
+        with contextlib.suppress(OSError):  # a full disk has no room for the number, which only a refusal tells
+            os.truncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, str(os.getpid()).encode(), 0)
 
     def _acquire(self, out: Path, deadline: float) -> None:
         while True:

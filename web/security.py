@@ -87,7 +87,7 @@ class Guard:
 
     def _check_key(self) -> None:
         given = request.authorization
-        key = None if given is None else given.token if given.type == "bearer" else given.password
+        key = None if given is None else _utf8(given.token) if given.type == "bearer" else given.password
         own = digest(key or "")
         found = [hmac.compare_digest(own, known) for known in self._keys]  # all of them: no early end
         if not key or not any(found):
@@ -95,6 +95,11 @@ class Guard:
             message = "a valid API key is needed: Authorization: Bearer <key>"
             raise Refused(401, message, "invalid_api_key", headers=headers)
         g.key = own.hex()
+
+
+def _utf8(header: str | None) -> str | None:
+    """Return the text of a header, whose bytes WSGI hands over as Latin-1."""
+    return None if header is None else header.encode("latin-1").decode("utf-8", "surrogateescape")
 
 
 def _is_browser() -> bool:
