@@ -240,6 +240,7 @@ def write_json(path: Path, obj: Any) -> None:
 
 _NOT_WRITABLE = {errno.EROFS: "the disk is read-only", errno.EACCES: "the server may not write there"}
 _NOT_WRITABLE |= {errno.EISDIR: "a folder is in the place of a file"}
+_NOT_WRITABLE |= dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "a file is in the place of a folder")
 
 
 def write_all(f: BinaryIO, data: bytes) -> None:

@@ -23,7 +23,7 @@ from storage import tokenizer as tokenizers
 from storage.architecture import TRANSPOSED
 from storage.chat_format import END, TEMPLATE, end_of_turn, is_chat
 from storage.errors import NotLoadable
-from storage.files import identity, open_descriptor, reading, sync_folder, temporary_beside
+from storage.files import disk_errors_explained, identity, open_descriptor, reading, sync_folder, temporary_beside
 from storage.hub import fetch
 from storage.inspection import Inspection, inspect
 from storage.registry import ModelReference
@@ -314,12 +314,12 @@ def _write_folder(folder: Path, model: GPT, tokenizer: Tokenizer, dtype: torch.d
 def _put_in_place(temporary: Path, folder: Path) -> None:
     """Rename `temporary` to `folder`; one that was there is moved aside first and removed last."""
     aside = temporary_beside(temporary.parent / folder.name)
-    if folder.exists():
+    if os.path.lexists(folder):
         os.rename(folder, aside)
     try:
         os.rename(temporary, folder)
     except OSError:
-        if aside.exists():
+        if os.path.lexists(aside):
             os.rename(aside, folder)
         raise
     sync_folder(folder.parent)
@@ -337,11 +337,12 @@ def export(
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype is {dtype}; it must be float32, float16 or bfloat16")
     temporary = temporary_beside((work or folder.parent) / folder.name)
-    temporary.mkdir(parents=True)
-    try:
-        _write_folder(temporary, model, tokenizer, dtype)
-        inspect(ModelReference(folder.name, "folder", temporary, folder.name))
-        _put_in_place(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with disk_errors_explained(f"{folder.parent.name}/{folder.name}"):
+        temporary.mkdir(parents=True)
+        try:
+            _write_folder(temporary, model, tokenizer, dtype)
+            inspect(ModelReference(folder.name, "folder", temporary, folder.name))
+            _put_in_place(temporary, folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise

@@ -9,6 +9,7 @@ import shutil
 import time
 from pathlib import Path
 
+from storage.errors import NotWritable
 from storage.files import sync_folder
 
 TRASH = ".trash"
@@ -17,8 +18,12 @@ KEPT_SECONDS = 30 * 86400.0
 
 
 def move_to_trash(folder: Path) -> Path:
-    """Move a folder to the trash beside it and return where it is now."""
+    """Move a folder to the trash beside it and return where it is now. Raises OSError, and NotWritable for no trash."""
     trash = folder.parent / TRASH
+    if trash.is_symlink() or (os.path.lexists(trash) and not trash.is_dir()):
+        raise NotWritable(
+            f"{trash.parent.name}/{TRASH} is not a folder, so nothing can be moved there; remove it first"
+        )
     trash.mkdir(exist_ok=True)
     stamp = time.strftime(STAMP)
     for n in range(1000):

@@ -15,7 +15,7 @@ from storage.datasets import Dataset, canonical, dataset
 from storage.documents import BINARY, SUFFIXES, Scan, pieces, scan, sources
 from storage.encodings import UTF8, Transcoder, check_encoding
 from storage.errors import BadName, Exists, NotFound, NotLoadable, TooLarge
-from storage.files import folder_to_be, quoted, replace_file, sync_folder
+from storage.files import disk_errors_explained, folder_to_be, quoted, replace_file, sync_folder
 from storage.runs import Workspace
 from storage.trash import move_to_trash
 
@@ -112,9 +112,13 @@ def _delete(folder: Path) -> None:
 
 
 def delete(workspace: Workspace, name: object) -> None:
-    """Move a dataset to data/.trash; of one with a prepare.py delete only what that makes again. Raises NotFound."""
+    """Move a dataset to data/.trash; of one with a prepare.py delete only what that makes again.
+
+    Raises NotFound, NotWritable.
+    """
     found = dataset(workspace, name)
     try:
-        _delete(found.folder)
+        with disk_errors_explained(f"data/{found.name}"):
+            _delete(found.folder)
     except FileNotFoundError:  # another request was quicker
         raise NotFound(f"the dataset {found.name} has just been deleted") from None

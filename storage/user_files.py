@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 from storage.documents import BINARY, MAX_LINE_BYTES, pieces, scan, sources
 from storage.errors import BadName, NotFound, NotLoadable, StorageError, TooLarge
 from storage.files import (
+    disk_errors_explained,
     folder_to_be,
     open_regular,
     opened_below,
@@ -307,8 +308,9 @@ def _remove(folder: Path) -> bool:
 
 
 def delete(workspace: Workspace, file: UserFile) -> None:
-    """Remove a file and the datasets that were made of it. Raises NotFound for one that has gone meanwhile."""
-    for name in datasets_of(workspace, file):
-        _remove(workspace.data / name)
-    if not _remove(file.folder):
-        raise NotFound(f"there is no file {quoted(file.id)}")
+    """Remove a file and the datasets that were made of it. Raises NotWritable, NotFound if it has gone meanwhile."""
+    with disk_errors_explained(file.id):
+        for name in datasets_of(workspace, file):
+            _remove(workspace.data / name)
+        if not _remove(file.folder):
+            raise NotFound(f"there is no file {quoted(file.id)}")

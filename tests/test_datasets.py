@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from storage import documents, token_files, uploads
 from storage.datasets import Dataset, dataset, datasets
 from storage.documents import pieces, scan, sources
-from storage.errors import BadName, Exists, NoSpace, NotFound, NotLoadable, TooLarge
+from storage.errors import BadName, Exists, NoSpace, NotFound, NotLoadable, NotWritable, TooLarge
 from storage.runs import Workspace
 from storage.tokenizer import char_tokenizer, train_bpe
 from storage.tokenizer_choice import check_spec, tokenizer_for
@@ -978,6 +978,18 @@ def test_of_two_deletions_at_once_the_slower_one_finds_nothing(workspace, monkey
     monkeypatch.setattr(uploads, "move_to_trash", beaten)
     with pytest.raises(NotFound, match="the dataset mine has just been deleted"):
         delete(workspace, "mine")
+
+
+def read_only(*args, **kwargs):
+    raise OSError(errno.EROFS, "Read-only file system")
+
+
+def test_on_a_read_only_disk_a_dataset_is_not_deleted(workspace, monkeypatch):
+    make(workspace, "mine", text_txt=TEXT)
+    monkeypatch.setattr(os, "rename", read_only)
+    with pytest.raises(NotWritable, match="the disk is read-only: data/mine could not be written"):
+        delete(workspace, "mine")
+    assert [found.name for found in datasets(workspace)] == ["mine"]
 
 
 def test_of_a_dataset_with_a_script_only_what_it_can_make_is_deleted(workspace):

@@ -5,6 +5,7 @@ import fcntl
 import gzip
 import io
 import json
+import os
 import tarfile
 import threading
 from pathlib import Path
@@ -211,6 +212,17 @@ def test_a_deleted_file_is_gone_with_its_dataset(server, tmp_path):
     assert reply.json == {"id": file["id"], "object": "file", "deleted": True}
     assert server.get(f"/v1/files/{file['id']}").status_code == 404
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_on_a_read_only_disk_a_file_is_not_deleted(server, monkeypatch):
+    def refuse(*args):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    file = upload(server)["id"]
+    monkeypatch.setattr(os, "rename", refuse)
+    reply = server.client.delete(f"/v1/files/{file}")
+    assert reply.status_code == 400 and "the disk is read-only" in reply.json["error"]["message"]
+    assert server.get(f"/v1/files/{file}").status_code == 200
 
 
 def test_a_link_in_the_folder_is_no_file(server, tmp_path):

@@ -22,6 +22,7 @@ from storage.runs import Workspace
 from training import disk_space, metrics
 from training import log as job_log
 from training.config import ConfigError, TrainConfig
+from training.job import Status
 from training.jobs import JobBusy, JobManager
 from training.local_backend import LocalBackend
 from training.lock_file import OutInUse, OutLock
@@ -430,6 +431,33 @@ def test_on_a_read_only_or_full_disk_a_job_is_refused_and_leaves_no_folder(place
     with pytest.raises(kind, match="out/a could not be written"):
         manager.create(config())
     assert not place.workspace.run("a").folder.exists() and manager.counts() == {"running": 0, "queued": 0}
+
+
+def no_room(path, obj):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_job_that_ends_on_a_full_disk_is_told_ended_and_noted_when_there_is_room(place, monkeypatch):
+    monkeypatch.setattr("training.jobs.ROUND", 0.02)
+    manager = place.manager()
+    manager.create(config())
+    run = place.workspace.run("a")
+    with monkeypatch.context() as full:
+        full.setattr("training.job.write_json", no_room)
+        place.backend.end("a", state="succeeded", iter_num=20)
+        assert wait_for(manager, "a", "succeeded")["process_id"] is None
+        assert [job.state for job in manager.list()] == ["succeeded"] and Status.read(run).state == "running"
+    wait_until(lambda: Status.read(run).state == "succeeded")
+
+
+def test_a_waiting_job_that_is_stopped_on_a_full_disk_is_stopped_and_can_be_deleted(place, monkeypatch):
+    manager = place.manager()
+    manager.create(config("a"))
+    manager.create(config("b"))
+    monkeypatch.setattr("training.job.write_json", no_room)
+    assert manager.stop("b").state == "stopped"
+    manager.delete("b")
+    assert [job.name for job in manager.list()] == ["a"]
 
 
 def test_stop_asks_and_the_trainer_saves(place):

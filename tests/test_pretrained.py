@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from model import GPT, GPTConfig
 from storage import pretrained
 from storage.chat_format import end_of_turn, parse_messages, render, with_chat_tokens
 from storage.checkpoints import load_model, open_model
-from storage.errors import NotLoadable
+from storage.errors import NotLoadable, NotWritable
 from storage.pretrained import FileChanged, export, load_folder
 from storage.registry import ModelReference, resolve
 from storage.runs import Workspace
@@ -151,6 +152,21 @@ def test_an_export_that_fails_leaves_the_one_before(exported, tokenizer, monkeyp
     with pytest.raises(OSError, match="injected"):
         export(GPT(SMALL), tokenizer, exported)
     assert os.listdir(exported.parent) == ["m"] and (exported / "model.safetensors").read_bytes() == before
+
+
+def test_an_export_to_a_read_only_disk_is_refused(exported, tokenizer, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(NotWritable, match=r"the disk is read-only: .*/m could not be written"):
+        export(GPT(SMALL), tokenizer, exported)
+
+
+def test_an_export_takes_the_place_of_a_link_to_nowhere(tmp_path, tokenizer):
+    (tmp_path / "m").symlink_to("nowhere")
+    export(GPT(SMALL), tokenizer, tmp_path / "m")
+    assert (tmp_path / "m" / "config.json").is_file()
 
 
 def test_a_rename_that_fails_puts_the_old_folder_back(exported, tokenizer, monkeypatch):

@@ -2,7 +2,11 @@
 
 import os
 import time
+from pathlib import Path
 
+import pytest
+
+from storage.errors import NotWritable
 from storage.trash import STAMP, empty_trash, move_to_trash
 
 
@@ -14,6 +18,24 @@ def test_folders_of_one_name_and_second_are_all_kept(tmp_path):
         kept.append(move_to_trash(tmp_path / "run"))
     assert [(path / "file").read_text() for path in kept] == ["a", "b", "c"] and len(set(kept)) == 3
     assert os.listdir(tmp_path) == [".trash"]
+
+
+def make_link(trash):
+    trash.symlink_to(trash.parent.parent)
+
+
+def make_dangling_link(trash):
+    trash.symlink_to("nowhere")
+
+
+@pytest.mark.parametrize("make", [make_link, make_dangling_link, os.mkfifo, Path.touch])
+def test_what_is_no_folder_is_no_trash(tmp_path, make):
+    run = tmp_path / "out" / "run"
+    run.mkdir(parents=True)
+    make(run.parent / ".trash")
+    with pytest.raises(NotWritable, match=r"out/\.trash is not a folder"):
+        move_to_trash(run)
+    assert run.is_dir()
 
 
 def test_only_what_has_lain_in_the_trash_for_long_is_removed(tmp_path):

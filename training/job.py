@@ -128,13 +128,14 @@ def _status_of_foreign(run: Run) -> Status:
 class Job:
     """One job as its run's folder shows it now; `position` is its place in the queue, counted from 1.
 
-    A file that cannot be read does not hide the job: `damaged` says what is wrong with the first such file.
+    `kept` stands for a status.json that the disk has not taken yet. A file that cannot be read does not hide the
+    job: `damaged` says what is wrong with the first such file.
     """
 
-    def __init__(self, run: Run, position: int | None = None) -> None:
+    def __init__(self, run: Run, position: int | None = None, kept: Status | None = None) -> None:
         self.run, self.position = run, position
         self.damaged: str | None = None
-        status = Status.read(run)
+        status = kept or Status.read(run)
         if status is None:
             self._read(run.status)  # missing, or damaged
         self.status = status or _status_of_foreign(run)

@@ -12,7 +12,7 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from storage import datasets
 from storage.checkpoint_files import bring_back
@@ -31,6 +31,7 @@ from training.job_queue import JobQueue
 from training.lock_file import OutLock
 from training.resumption import further
 from training.starting_point import base_run, settled
+from training.status_writer import StatusWriter
 
 __all__ = ["ConfigError", "Job", "JobBusy", "JobManager"]
 
@@ -61,7 +62,7 @@ class JobManager:
             empty_trash(folder)
         sweep_temporary(workspace.out)  # what a server that was killed was about to note there
         self._lock, self._closed = threading.RLock(), False
-        self._queue = JobQueue()
+        self._queue, self._statuses = JobQueue(), StatusWriter()
         self._in_hand: set[str] = set()  # idle runs whose kept checkpoint is being read, for which nobody has to wait
         self._deadlines: dict[str, float] = {}  # by the monotonic clock, of jobs that were asked to end
         with self._lock:
@@ -86,14 +87,17 @@ class JobManager:
         """Return all jobs, oldest first."""
         positions = self._positions()
         runs = filter(is_job, self._workspace.runs())
-        return sorted((Job(run, positions.get(run.name)) for run in runs), key=lambda job: job.status.created)
+        return sorted((self._job(run, positions) for run in runs), key=lambda job: job.status.created)
 
     def get(self, name: object) -> Job:
         """Return a job. Raises BadName, NotFound, and NotLoadable for a folder that cannot be read."""
         run = self._workspace.run(check_name("job", name))
         if not run.exists() or not is_job(run):
             raise NotFound(f"there is no job {run.name}{self._workspace.nearest(run.name)}")
-        return Job(run, self._positions().get(run.name))
+        return self._job(run, self._positions())
+
+    def _job(self, run: Run, positions: Mapping[str, int]) -> Job:
+        return Job(run, positions.get(run.name), self._statuses.kept(run))
 
     def counts(self) -> dict[str, int]:
         """Return how many jobs run and how many wait, without reading a file."""
@@ -168,7 +172,7 @@ class JobManager:
             before, status.priority = status.priority, priority
             try:
                 with disk_errors_explained(job.run.relative):
-                    status.write(job.run)
+                    self._statuses.write(job.run, status)
             except StorageError:
                 status.priority = before
                 raise
@@ -187,7 +191,7 @@ class JobManager:
             elif status is not None and status.identity is not None and not status.stopping:
                 status.stopping = True
                 self._deadlines[job.name] = time.monotonic() + self._grace
-                self._save(job.run, status)
+                self._statuses.save(job.run, status)
                 self._backend.terminate(status.identity)
         self._backend.wake()
         return self.get(name)
@@ -229,6 +233,7 @@ class JobManager:
             with disk_errors_explained(job.run.relative):
                 move_to_trash(job.run.folder)
             self._queue.remove(job.name)
+            self._statuses.forget(job.run)
 
     # ---- refusals
 
@@ -263,24 +268,17 @@ class JobManager:
 
     def _enqueue(self, run: Run, status: Status) -> None:
         status.order = self._queue.next_order()
-        status.write(run)
+        self._statuses.write(run, status)
         self._queue.put(run.name, status)
         self._start_waiting()
         self._backend.wake()
-
-    def _save(self, run: Run, status: Status) -> None:
-        """Write a status that must not fail on a full disk: the trainer's own files say the same, if slower."""
-        try:
-            status.write(run)
-        except (OSError, StorageError) as error:
-            log.error("the status of %s could not be written: %s", run.name, error)
 
     def _finish(self, run: Run, status: Status, state: str, error: str | None, code: int | None = None) -> None:
         status.state, status.error, status.exit_code = state, error, code
         status.finished, status.identity = time.time(), None
         self._queue.remove(run.name)
         self._deadlines.pop(run.name, None)
-        self._save(run, status)
+        self._statuses.save(run, status)
         log.info("job %s: %s%s", run.name, state, f" ({error})" if error else "")
 
     def _start_waiting(self) -> None:
@@ -302,14 +300,14 @@ class JobManager:
                 self._finish(run, status, "failed", could_not_start(error))
                 return
         status.state, status.started = "running", time.time()
-        self._save(run, status)
+        self._statuses.save(run, status)
 
     def _end(self, run: Run, status: Status) -> None:
         assert status.identity is not None
         other = trainer_of(run)
         if other is not None and other != status.identity:
             status.identity = other
-            self._save(run, status)
+            self._statuses.save(run, status)
             return
         code = self._backend.exit_code(status.identity)
         self._backend.kill(status.identity)  # children that it left behind
@@ -318,6 +316,7 @@ class JobManager:
 
     def _look(self) -> None:
         """See which trainers have ended, end those whose grace is over, and start who waits."""
+        self._statuses.save_kept()
         for name, status in self._queue:
             run = self._workspace.run(name)
             if status.state != "running":
@@ -339,7 +338,7 @@ class JobManager:
             with self._lock:
                 running = [status.identity for _, status in self._queue if status.identity is not None]
                 rest = [deadline - time.monotonic() for deadline in self._deadlines.values()]
-            self._backend.wait(running, min([ROUND, *rest]) if running else None)
+            self._backend.wait(running, min([ROUND, *rest]) if running or self._statuses else None)
             try:
                 with self._lock:
                     if not self._closed:
