@@ -314,6 +314,14 @@ def test_an_upload_to_a_disk_that_cannot_be_written_is_refused(server, monkeypat
     assert reply.status_code == 400 and "the disk is read-only" in reply.json["error"]["message"]
 
 
+@pytest.mark.parametrize("place", ["state", "state/files"])
+def test_an_upload_where_a_file_is_in_the_place_of_the_folder_is_refused(server, tmp_path, place):
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / place).touch()
+    reply = send(server)
+    assert reply.status_code == 400 and "a file is in the place of a folder" in reply.json["error"]["message"]
+
+
 def test_the_validation_file_is_what_a_dataset_validates_on(server):
     training, validation = (
         user_files.user_file(server.workspace, upload(server, data)["id"])
