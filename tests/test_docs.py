@@ -13,6 +13,7 @@ import api_client
 import api_server
 from storage.runs import Workspace
 from training.config import PRESETS, TrainConfig
+from web import health_routes, receiving, watchdog, worker
 from web.settings import SETTINGS, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,6 +114,18 @@ def test_the_tree_names_no_file_that_is_not_there():
     names = re.findall(r"(?m)^([\w./-]+)  +\S", section("Files"))
     assert len(names) > 50
     assert [name for name in names if not (ROOT / name).exists()] == []
+
+
+def test_the_patience_that_the_readme_tells_is_the_servers():
+    limits = section("Limits and security")
+    for sentence in (
+        f"must have come {receiving.DEADLINE:.0f} seconds after its first byte",
+        f"a reader that stops reading is cut within {2 * worker.WRITE_SECONDS} seconds",
+        f"does not move for {health_routes.STALLED:.0f} seconds turns `/health` to 503",
+        f"after {watchdog.REFUSE:.0f}, what waits for it ends",
+        f"after {watchdog.REPLACE:.0f} a new worker takes over",
+    ):
+        assert sentence in limits
 
 
 def test_the_changelog_has_the_version_that_the_server_says():

@@ -23,6 +23,26 @@ def bundled() -> tuple[GPT, Tokenizer]:
     return load_folder(ROOT / "models" / "tiny-shakespeare")
 
 
+def cached(server: Process, key: str, **more) -> int:
+    """Return how many tokens of the prompt were in the cache, as the usage tells it."""
+    body = {"prompt": TEXT, "max_tokens": 2, **more}
+    with server.post("/v1/completions", body, headers={"Authorization": f"Bearer {key}"}) as reply:
+        last = reply.text.strip().split("\n\n")[-2 if "stream" in more else -1]
+    return json.loads(last.removeprefix("data: "))["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+
+def test_usage_tells_what_was_cached_which_is_the_api_keys_own(bundled, tmp_path):
+    shutil.copytree(ROOT / "models", tmp_path / "models")
+    server = Process(tmp_path, "--threads", "1", "--api_key", "one,two", native=True)
+    pieces = {"stream": True, "stream_options": {"include_usage": True}}
+    try:
+        found = [cached(server, "one"), cached(server, "one"), cached(server, "two"), cached(server, "two", **pieces)]
+    finally:
+        server.end()
+    most = len(bundled[1].encode(TEXT)) - 1  # the last one is always computed
+    assert found == [0, most, 0, most]
+
+
 @pytest.fixture(scope="module", params=WITHIN)
 def server(request, bundled, tmp_path_factory) -> Iterator[Process]:
     if (reason := NativeRunner.unsupported(bundled[0].config, request.param)) is not None:

@@ -10,7 +10,7 @@ taken away when its fault begins, so that it happens once:
 
 A step that holds the last token of the vocabulary always raises: that is the end-of-text token, which the tests' model
 never says, so that only who asks for it in a prompt of token ids meets the fault. With a file `quick` in --root the
-server loses patience sooner with an engine that does not move and with a sender who is slow.
+server loses patience sooner with an engine that does not move, a sender who is slow and a reader who stops.
 """
 
 import ctypes
@@ -29,9 +29,10 @@ build = api_server.build
 
 def hurry() -> None:
     """Shorten the times after which the server acts."""
-    from web import health_routes, receiving, watchdog
+    from web import health_routes, receiving, watchdog, worker
 
     health_routes.STALLED, watchdog.REFUSE, watchdog.REPLACE, receiving.DEADLINE = 2.0, 3.0, 6.0, 4.0
+    worker.WRITE_SECONDS = 2
 
 
 def faulty_build(settings: Any, workspace: Any) -> Any:

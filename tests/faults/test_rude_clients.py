@@ -99,6 +99,51 @@ def test_fifty_clients_that_leave_in_every_state_leave_nothing_behind(server):
     assert server.post("/api/generate", {"prompt": "Once", "max_new_tokens": 4}).status_code == 200
 
 
+def test_as_many_streams_as_may_be_open_leave_threads_for_everything_else(server):
+    data = request_of(server, {**LONG, "stream": True})
+    streams = [raw(server, data) for _ in range(200)]
+    try:
+        until(lambda: server.get("/queue").json()["open_requests"] == 200)
+        assert server.post("/api/generate", {"prompt": "Once"}).status_code == 429
+        assert server.get("/health").status_code == 200
+    finally:
+        for stream in streams:
+            stream.close()
+    until(lambda: idle(server))
+
+
+def stopped_reader(server: Process, data: bytes) -> socket.socket:
+    """Send a request and read nothing; there is room for little."""
+    reader = socket.socket()
+    reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    reader.connect(("127.0.0.1", server.port))
+    reader.sendall(data)
+    return reader
+
+
+def rest_of(reader: socket.socket) -> bytes:
+    """Return all that still comes."""
+    said = b""
+    reader.settimeout(10)
+    with contextlib.suppress(ConnectionError):
+        while more := reader.recv(65536):
+            said += more
+    return said
+
+
+@pytest.mark.fault("F14", "a reader stops before the first byte")
+def test_a_reader_that_stops_is_cut_and_the_others_read_on(server):
+    body = {"prompt": "Once", "max_tokens": 2000, "ignore_eos": True, "stream": True, "logprobs": 1}
+    data = request_of(server, body).replace(b"/api/generate", b"/v1/completions")
+    with stopped_reader(server, data) as reader:
+        until(lambda: server.get("/queue").json()["running"] == 1)
+        others = Streams(server, 2, tokens=500)
+        until(others.ended)
+        assert all(lines[-1] == "[DONE]" for lines in others.lines)
+        until(lambda: idle(server))
+        assert b"[DONE]" not in rest_of(reader)
+
+
 class Looks:
     """Seconds that /health took, asked by a thread as long as this is open."""
 
@@ -139,10 +184,7 @@ def test_two_hundred_readers_that_stop_are_cut_and_nobody_waits_for_them(server,
     before, readers = server.memory(), []
     try:
         for _ in range(200):
-            readers.append(socket.socket())
-            readers[-1].setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-            readers[-1].connect(("127.0.0.1", server.port))
-            readers[-1].sendall(data)
+            readers.append(stopped_reader(server, data))
         until(lambda: server.get("/queue").json()["open_requests"] == 200)
         assert server.post("/api/generate", {"prompt": "Once"}).status_code == 429
         looks, most = Looks(server), 0
@@ -155,12 +197,7 @@ def test_two_hundred_readers_that_stop_are_cut_and_nobody_waits_for_them(server,
         record_property("found", f"all cut; {(most - before) / 1024:.0f} MiB more at most; /health p99 {p99:.3f} s")
         assert p99 <= 0.25 and most - before <= 50 * 1024
         for reader in readers:
-            reader.settimeout(10)
-            with contextlib.suppress(ConnectionError):
-                said = b""
-                while more := reader.recv(65536):
-                    said += more
-            assert b"[DONE]" not in said
+            assert b"[DONE]" not in rest_of(reader)
     finally:
         for reader in readers:
             reader.close()
