@@ -238,6 +238,8 @@ def test_a_failure_in_a_stream_is_an_error_frame_without_done(server):
         ({"prompt": "a", "temperature": -1}, "temperature", "temperature is -1"),
         ({"prompt": "a", "top_p": -1}, "top_p", "top_p is -1"),
         ({"prompt": "a", "presence_penalty": "x"}, "presence_penalty", "a number"),
+        ({"prompt": "a", "presence_penalty": 2.1}, "presence_penalty", "at least -2 and at most 2"),
+        ({"prompt": "a", "frequency_penalty": -2.1}, "frequency_penalty", "at least -2 and at most 2"),
         ({"prompt": "a", "stop": 5}, "stop", "stop is 5"),
         ({"prompt": "a", "logit_bias": {"abc": 5}}, "logit_bias", "token ids"),
         ({"prompt": "a", "logit_bias": {"999999999": 5}}, "logit_bias", "out of range"),

@@ -20,6 +20,7 @@ MAX_CHOICES = 128
 MAX_LOGPROBS = 5  # of a text completion; a chat's top_logprobs may be MAX_TOP_LOGPROBS
 MAX_TOP_LOGPROBS = 20
 MAX_BIAS = 100
+MAX_PENALTY = 2
 MAX_INPUTS = 2048  # of an embeddings request
 MAX_IDS = 2**20  # of a token id list; far above any context
 UNSUPPORTED = (
@@ -101,6 +102,12 @@ class GenerationBody(OpenAIBody, SamplingFields):
     model: str | None = Field(None, description="an id of /v1/models; default: the current model")
     temperature: float = Field(1.0, ge=0, le=100, description="0 is greedy")
     top_k: int = Field(0, ge=-1, lt=2**31, description="choose among this many tokens; 0 and -1 are off")
+    presence_penalty: float = Field(
+        0.0, ge=-MAX_PENALTY, le=MAX_PENALTY, description="subtracted once from logits of generated tokens"
+    )
+    frequency_penalty: float = Field(
+        0.0, ge=-MAX_PENALTY, le=MAX_PENALTY, description="subtracted for each time a token was generated"
+    )
     n: int = Field(1, ge=1, le=MAX_CHOICES, description="choices for each prompt")
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="the same seed gives the same text")
     logit_bias: dict[str, float] = Field({}, description="token id to what is added to its logit, -100 to 100")
