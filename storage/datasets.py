@@ -190,7 +190,7 @@ class Dataset:
         elif files:
             size = sum(source.size for source in files)
             if block_size is not None and size <= block_size and self.format() == "text":
-                less = f"has {size} bytes of text, too little for block_size {block_size}"
+                less = f"has {size} bytes of text, too little for a window of {block_size} tokens"
                 raise self.refuse(f"{less}; lower block_size or window, or add text")
             if size <= READ_AT_ONCE and validation_start(self.folder, files) is None:
                 require_two_examples(self.name, scan(pieces(self.folder, files)))

@@ -65,7 +65,9 @@ def _by_type(workspace: Workspace, name: str) -> ModelReference:
         raise error(f"model_type is {quoted(name)}; {rule}")
     folder = local_folder(workspace, name)
     if name == BUNDLED and folder is None:
-        raise NotFound(f"the bundled model models/{BUNDLED} is not there")
+        raise NotFound(
+            f"models/{BUNDLED} is not there: copy the project's models/ into this root, or name another model"
+        )
     kind: Kind = "bundled" if name == BUNDLED else "pretrained" if name in PRETRAINED else "folder"
     return ModelReference(name, kind, folder, name)
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -106,7 +107,7 @@ def check_ids(tokens: np.memmap, n_vocab: int, name: str, progress: Progress) ->
         progress(f"checking {name}", start + len(piece), len(tokens))
 
 
-def bytes_per_token(tokens: np.memmap, tokenizer: Tokenizer, mask: np.memmap | None = None) -> float:
+def bytes_per_token(tokens: npt.NDArray[Any], tokenizer: Tokenizer, mask: npt.NDArray[Any] | None = None) -> float:
     """Return the UTF-8 bytes of the learned text per learned token; special tokens count as tokens without text."""
     special = set(tokenizer.special_tokens.values())
     lengths = [0 if i in special else len(tokenizer.token_bytes(i)) for i in range(tokenizer.n_vocab)]

@@ -751,7 +751,7 @@ def test_a_folder_with_nothing_to_train_on_is_refused(workspace):
 def test_text_smaller_than_a_block_is_refused_by_check(workspace):
     source = make(workspace, "a", text_txt="hello")
     source.check("gpt2")
-    with pytest.raises(NotLoadable, match="5 bytes of text, too little for block_size 64; lower"):
+    with pytest.raises(NotLoadable, match="5 bytes of text, too little for a window of 64 tokens; lower"):
         source.check("gpt2", 64)
 
 

@@ -52,6 +52,16 @@ def test_a_dry_run_tells_tokens_epochs_time_memory_and_losses_and_leaves_no_run(
     assert "it will memorise" in found["warnings"][0] and "kB" in found["warnings"][0]
 
 
+def test_the_bytes_of_the_training_text_are_not_those_of_vals_tokens(workspace, capsys):
+    folder = workspace.data / "two"
+    folder.mkdir()
+    text = "".join(f"{i} and so on, " for i in range(300))
+    (folder / "text.txt").write_text(text)
+    (folder / "val.txt").write_text("".join(chr(0x4E00 + i) for i in range(200)))  # bytes alone are its tokens
+    _, found = tried(workspace, capsys, dataset="two", tokenizer="bpe:280")
+    assert found["train_bytes"] == pytest.approx(len(text), abs=1)
+
+
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [

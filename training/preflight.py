@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from storage.datasets import Splits
 from storage.machine import available_memory
-from storage.token_files import BEGINS, count_learned
+from storage.token_files import BEGINS, bytes_per_token, count_learned
 from training.config import TrainConfig
 from training.examples import Mask
 from training.progress import duration, quantity
@@ -100,7 +100,9 @@ def report(
     learned = len(splits.train) if mask is None else count_learned(mask)
     found: dict[str, Any] = {"train_tokens": len(splits.train), "val_tokens": len(splits.val)}
     found |= {"learned_tokens": learned, "tokenizer": splits.tokenizer.name}
-    found |= {"train_bytes": round(learned * splits.bytes_per_token)}  # of what is learned
+    some = None if mask is None else mask[:MOST_TOKENS]
+    per_token = bytes_per_token(splits.train[:MOST_TOKENS], splits.tokenizer, some)  # val's can be far from it
+    found |= {"train_bytes": round(learned * per_token)}  # of what is learned
     found |= {"cut_rate": None if mask is None else float((example_lengths(mask) > window).mean())}
     found |= {"tokens_per_iteration": batch, "max_iters": config.max_iters}
     found |= {"epochs": int(config.max_iters or 1) * batch / len(splits.train)}
