@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from learning.machine import PEAK_SIDE_CPU, Machine
+from storage.errors import NotLoadable
 from storage.runs import Workspace
 from training import metrics
 from training.config import TrainConfig
@@ -47,6 +48,21 @@ def test_last_has_the_newest_value_of_every_column_of_a_long_file(tmp_path):
     path.write_text("\n".join(rows) + "\n")
     newest = metrics.last(path)
     assert (newest["iter_num"], newest["loss"], newest["val_loss"]) == (4999, 4999 / 7, 1.5)
+
+
+def test_a_line_that_nests_too_deeply_is_no_row(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"iter_num": 1}\n' + "[" * 100_000 + '\n{"iter_num": 2}\n')
+    assert metrics.read(path) == [{"iter_num": 1}, {"iter_num": 2}] and metrics.last(path) == {"iter_num": 2}
+
+
+def test_a_line_without_an_end_is_refused_and_not_read_into_memory(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with open(path, "wb") as f:
+        f.truncate(20 * 2**30)  # 20 GB, all of it a hole
+    with pytest.raises(NotLoadable, match=r"metrics\.jsonl has a line of 4 MiB or more"):
+        metrics.read(path)
+    assert metrics.last(path) == {}
 
 
 def test_a_resumed_run_cuts_off_what_it_will_write_again(tmp_path):

@@ -10,14 +10,15 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from storage.errors import NotFound
+from storage.errors import NotFound, NotLoadable
 from storage.files import open_to_append, opened, replace_file, write_all
 
 TAIL_BYTES = 2**18  # about a thousand rows
 TEXTS = frozenset(("note", "checkpoint_error", "prompt", "text"))  # columns; all others are numbers
 HUGE = 1e100
+LINE_BYTES = 2**22  # far more than any row, so that damage is not read into memory
 
 
 def finite(value: Any) -> Any:
@@ -68,10 +69,17 @@ def _rows(lines: Iterator[bytes]) -> Iterator[dict[str, Any]]:
     for line in lines:
         try:
             row = json.loads(line)
-        except ValueError:  # cut short by a crash, or still being written
+        except (ValueError, RecursionError):  # cut short by a crash, or still being written; or none of ours
             continue
         if isinstance(row, dict) and isinstance(row.get("iter_num"), int) and _is_sound("iter_num", row["iter_num"]):
             yield row
+
+
+def _lines(f: BinaryIO, path: Path) -> Iterator[bytes]:
+    while line := f.readline(LINE_BYTES):
+        if len(line) == LINE_BYTES:
+            raise NotLoadable(f"{_shown(path)} has a line of {LINE_BYTES // 2**20} MiB or more; rows are far shorter")
+        yield line
 
 
 def read(path: Path, after: int | None = None, limit: int | None = None) -> list[dict[str, Any]]:
@@ -82,7 +90,7 @@ def read(path: Path, after: int | None = None, limit: int | None = None) -> list
     found: list[dict[str, Any]] = []
     try:
         with opened(path, _shown(path)) as f:
-            for row in _rows(iter(f)):
+            for row in _rows(_lines(f, path)):
                 if limit is not None and len(found) >= limit:
                     break
                 if after is None or row["iter_num"] > after:
