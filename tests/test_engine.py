@@ -1,5 +1,6 @@
 """The engine: requests that join and leave at any time, loads, limits, failures, and the end."""
 
+import os
 import random
 import threading
 import time
@@ -632,6 +633,32 @@ def test_unloading_ends_what_runs_properly_and_closes_the_model(fake: Callable[.
     bench.engine.unload()
     assert bench.engine.served() is None and len(drain(stream)[0]) == 20
     until(lambda: bench.runners[0].closed and bench.engine.info()["models"] == 0)
+
+
+def resident() -> int:
+    """Return this process's resident memory in bytes."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="nothing here tells what a process holds")
+@pytest.mark.parametrize("build", [torch_runner, build_runner], ids=["torch", "the best here"])
+def test_the_memory_of_an_unloaded_model_goes_back_to_the_system(make: Callable[..., Engine], build: Any) -> None:
+    shape = GPTConfig(n_layer=8, n_head=8, n_embd=512, block_size=48, vocab_size=VOCAB)  # 100 MB in float32
+    large = lambda ref, w: SimpleNamespace(model=GPT(shape).eval(), tokenizer=FakeTokenizer())  # noqa: E731
+    engine, before = make(build=build, dtype="fp32", device="cpu", loader=large), resident()
+    drain(engine.submit(engine.load(reference()), [1, 2], greedy(2)))
+    taken = resident() - before
+    engine.unload()
+    assert taken > 80e6
+    until(lambda: resident() - before < 0.3 * taken)
+
+
+def test_a_load_says_how_long_it_took_and_what_memory_the_model_takes(
+    make: Callable[..., Engine], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        served = make().load(reference())
+    assert f"in {served.load_seconds:.1f} s" in caplog.text and f"are {served.memory_bytes / 1e6:.0f} MB" in caplog.text
 
 
 def test_the_fingerprint_tells_weights_apart(make: Callable[..., Engine]) -> None:
