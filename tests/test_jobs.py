@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -559,6 +560,14 @@ def test_resume_goes_on_from_the_checkpoint_with_more_iterations(place):
     assert job["state"] == "running" and job["max_iters"] == 50 and job["created"] == created
     assert job["config"]["lr_decay_iters"] == 20, "the schedule stays the one the run began with"
     assert place.backend.started[-1] == ("a", True, False)
+
+
+def test_a_copy_of_a_run_goes_on_in_its_own_folder(place):
+    manager = place.manager()
+    stopped_job(place, manager)
+    shutil.copytree(place.workspace.out / "a", place.workspace.out / "b")
+    assert manager.resume("b", max_iters=50).describe()["config"]["output_dir"] == "out/b"
+    assert place.backend.started[-1][0] == "b" and manager.get("a").describe()["config"]["output_dir"] == "out/a"
 
 
 def test_resume_goes_back_to_a_kept_checkpoint(place):

@@ -28,7 +28,7 @@ def further(run: Run, max_iters: int | None = None, iter_num: int | None = None)
     given, problem = checkpoint_files.read_object(str(run.config))
     if problem is not None:
         raise NotLoadable(f"{run.relative} cannot go on: {problem}")
-    config = TrainConfig.parse(given)
+    config = TrainConfig.parse(given | {"output_dir": run.relative})  # a copied run does not train in the original
     reached = iter_num
     if reached is None:
         checkpoint = typed(read_object(run.manifest(run.checkpoint)), RESULT)
