@@ -18,9 +18,9 @@ except ModuleNotFoundError:  # the first mistake of many: a Python without the p
     sys.exit("click is not installed for this Python; after `make setup` use .venv/bin/python api_client.py")
 
 from client.api import ApiClient, Reply
-from client.commands import command, global_options
+from client.commands import INTERRUPTED, command, global_options
 from client.compare import compare, save_picture
-from client.follow import INTERRUPTED, follow, standing
+from client.follow import follow, standing
 from client.options import SAMPLING, TRAINING, check_name, check_names, given, options, parse_settings, read_prompt
 from client.text import converse, print_end, stream
 from client.view import advise, megabytes, note, print_dry_run, print_reply, raw, say

@@ -12,6 +12,8 @@ import click
 
 from client.api import DEFAULT_URL, ApiClient, ApiError
 
+INTERRUPTED = 130  # the exit code that shells expect after Ctrl-C
+
 
 def remember(context: click.Context, option: click.Parameter, value: object) -> None:
     """Keep a global option wherever on the line it stands; the last one counts."""
@@ -46,6 +48,9 @@ def command(group: click.Group, name: str, **settings: Any) -> Callable[..., Any
             client = connect()
             try:
                 function(client, **values)
+            except KeyboardInterrupt:
+                click.echo("stopped", err=True)
+                raise click.exceptions.Exit(INTERRUPTED) from None
             except (AttributeError, KeyError, TypeError) as error:
                 what = f"the answer of {client.url} has another shape than expected ({error!r})"
                 raise ApiError(f"{what}; is the server of this client's version?") from error

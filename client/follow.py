@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import click
 
 from client.api import ApiClient, ApiError, Reply, clean
+from client.commands import INTERRUPTED
 from client.view import advise, note, raw, readable, say
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ POLL_SECONDS = 1.0
 LONGEST_POLL = 10.0  # while the server is away
 ENDED = ("succeeded", "failed", "stopped", "lost")
 AWAY = "server away, the job goes on; looking for it again"
-INTERRUPTED = 130  # the exit code that shells expect after Ctrl-C
 WIDTH, HEIGHT, BAR = 60, 10, 30  # of the plot and the bar, in characters
 BRAILLE = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # bits of a character's 4 rows of 2 dots
 

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from client.api import ApiClient, ApiError, Reply
-from client.follow import INTERRUPTED
+from client.commands import INTERRUPTED
 from client.view import note, print_reply, raw, say
 
 

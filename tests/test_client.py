@@ -628,6 +628,22 @@ def test_ctrl_c_ends_the_view_and_leaves_the_job(server, monkeypatch):
     assert all(method == "GET" for method, _, _ in server.requests)
 
 
+def test_ctrl_c_stops_every_command_with_the_shells_exit_code(server, tmp_path, monkeypatch):
+    (tmp_path / "notes.txt").write_text("abc")
+
+    def interrupt(*words, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ApiClient, "send", interrupt)
+    for words in (
+        ["upload", str(tmp_path / "notes.txt")],
+        ["load", "--model_type", "gpt2"],
+        ["generate", "--prompt", "a"],
+    ):
+        done = run(*words)
+        assert done.exit_code == 130 and "stopped" in done.stderr
+
+
 def test_the_live_view_shows_bar_losses_plot_and_sample(server, capsys, monkeypatch):
     server.job["sample"] = {"iter_num": 10, "prompt": "def ", "text": "f():\n\x1b[2J"}
     job = client.follow.draw(ApiClient(server.url), "mine")
