@@ -89,8 +89,12 @@ class UserFile:
         return cls(folder, **found)
 
     def open(self) -> BinaryIO:
-        """Open the bytes for reading."""
-        return open(open_regular(self.folder, [self.stored_as]), "rb")
+        """Open the bytes for reading. Raises NotFound, NotLoadable."""
+        descriptor = open_regular(self.folder, [self.stored_as])
+        if (size := os.fstat(descriptor).st_size) != self.bytes:
+            os.close(descriptor)
+            raise NotLoadable(f"{self.id} is damaged: {size} of its {self.bytes} bytes are there")
+        return open(descriptor, "rb")
 
 
 def _folder(workspace: Workspace) -> Path:

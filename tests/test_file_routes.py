@@ -214,6 +214,13 @@ def test_a_deleted_file_is_gone_with_its_dataset(server, tmp_path):
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
+def test_a_file_that_was_cut_short_is_refused_and_not_promised_whole(server, tmp_path):
+    file = upload(server)
+    os.truncate(tmp_path / "state/files" / file["id"] / "documents.jsonl", 3)
+    reply = server.get(f"/v1/files/{file['id']}/content")
+    assert reply.status_code == 422 and f"3 of its {file['bytes']} bytes are there" in reply.json["error"]["message"]
+
+
 def test_on_a_read_only_disk_a_file_is_not_deleted(server, monkeypatch):
     def refuse(*args):
         raise OSError(errno.EROFS, "Read-only file system")
