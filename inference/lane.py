@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from itertools import accumulate, islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from inference.admission import Admission
 from inference.backend import ServedModel
@@ -132,9 +132,13 @@ class Lane:
         return not enters and self._undisturbed()
 
     def _look_ahead(self, step: Step) -> Lookahead | None:
+        """Return what follows a step, if the runner can begin it, and tell the runner, which may do so by itself."""
         if self.runner.begin is None:
             return None
-        return look_ahead(step, len(self.scheduler.running))
+        following = look_ahead(step, len(self.scheduler.running))
+        if following is not None and self.runner.follow is not None and self._may_begin():
+            self.runner.follow(following.after, following.slots, following.positions, self.vocab_size)
+        return following
 
     def _begin_foreseen(self, following: Lookahead | None, greatest: list[int] | None) -> bool:
         """Let the runner begin the step that follows, if it is certain now; say whether it did."""
@@ -186,10 +190,7 @@ class Lane:
         """
         self._beat()
         following = self._look_ahead(step)
-        best, logits = self._look(step), None
-        if best is None:
-            logits = self.runner.rows(*step.rows)[:, : self.vocab_size]
-            best = self.runner.last_argmax
+        best, logits = self._look(step)
         self._foreseen = self._begin_foreseen(following, best)
         row = 0
         last: list[int] = []  # the rows to choose tokens from
@@ -218,15 +219,19 @@ class Lane:
             sequence.prompt_logprobs.extend(scores)
         return [share.accept(list(islice(chosen, share.samples))) for share in step.shares]
 
-    def _look(self, step: Step) -> list[int] | None:
-        """Return where the greatest logits are if nothing else of a step matters; None: compute all.
+    def _look(self, step: Step) -> tuple[list[int] | None, Any]:
+        """Compute a step; return where the greatest logits are, if that is known, and the logits, if they matter.
 
-        One whose id stands for no text, or that is no finite number, makes the others matter.
+        They do not where all rows are greedy, unless a greatest one's id stands for no text, or is no finite number.
         """
-        if self.runner.greatest is None or not step.plain:
-            return None
-        best = self.runner.greatest(*step.rows)
-        return best if all(token < self.vocab_size for token in best) else None
+        greatest = self.runner.greatest if step.plain else None
+        logits = None if greatest is not None else self.runner.rows(*step.rows)
+        best = self.runner.last_argmax if greatest is None else greatest(*step.rows)
+        if best is not None and step.plain and all(token < self.vocab_size for token in best):
+            return best, None
+        if logits is None:
+            logits, best = self.runner.rows(*step.rows), self.runner.last_argmax
+        return best, logits[:, : self.vocab_size]
 
     def _embed(self, step: Step) -> None:
         """Compute one step of sequences that embed; a failure ends the sequence at fault, no other."""

@@ -1,4 +1,4 @@
-"""The model on CPUs with AVX-512: packs a GPT's weights once and runs native/step.cpp on them through ctypes.
+"""The model on CPUs with AVX-512: packs a GPT's weights once and runs native/step.h on them through ctypes.
 
 Satisfies runner.ModelRunner. Rows do not depend on each other: a row's logits are the same bit for bit alone, in any
 step, prefilled in one piece or token by token, on any number of threads. What each dtype does:
@@ -23,11 +23,11 @@ from inference.native.build import CannotBuild, library
 from inference.native.machine import available_cores
 from inference.native.packing import CACHE_BLOCK, KINDS, Arena, Layer, Model, Weights, pack, up_to
 from inference.penalties import Penalties
-from inference.runner import Begin, Greatest, Knobs, Scored, check_copy, check_slot
+from inference.runner import Begin, Follow, Greatest, Knobs, Scored, check_copy, check_slot
 from inference.speculation import ROWS
 from model import GPTConfig
 
-VERSION = 12  # as in step.cpp
+VERSION = 13  # as in step.cpp
 GREATEST_WIDTH = 16384  # beyond it int8 sums could leave 32 bits
 
 _P, _L = ctypes.c_void_p, ctypes.c_long
@@ -44,8 +44,10 @@ def _load() -> ctypes.CDLL:
     lib.step_open.argtypes, lib.step_open.restype = [ctypes.POINTER(Model)], _P
     lib.step_close.argtypes, lib.step_close.restype = [_P], None
     lib.step_rows.argtypes, lib.step_rows.restype = [_P, _L, _P, _P, _P, _L, *[_P] * 4, ctypes.c_bool], _L
-    lib.step_begin.argtypes, lib.step_begin.restype = [_P, _L, _P, _P, _P, _L, *[_P] * 3, ctypes.c_bool], _L
-    lib.step_join.argtypes, lib.step_join.restype = [_P], None
+    lib.step_begin.argtypes, lib.step_begin.restype = [_P, _L, _P, _P, _P, _L, *[_P] * 2, ctypes.c_bool], _L
+    lib.step_follow.argtypes, lib.step_follow.restype = [_P, _L, _P, _P, _P, _L], ctypes.c_bool
+    lib.step_join.argtypes, lib.step_join.restype = [_P, _L, _P], None
+    lib.step_settle.argtypes, lib.step_settle.restype = [_P, ctypes.c_bool], None
     lib.step_draw.argtypes, lib.step_draw.restype = [_P, _L, _P, _L, _L, *[_P] * 4], ctypes.c_bool
     lib.step_logprobs.argtypes, lib.step_logprobs.restype = [_P, _L, _P, _L, _L, *[_P] * 3, _L, *[_P] * 3], None
     if not lib.step_agrees(VERSION, ctypes.sizeof(Model)):
@@ -144,7 +146,8 @@ class NativeRunner:
     ) -> Tensor:
         """Compute one step; of a `plain` one the logits may be anything."""
         if self._begun == (tokens, slots, positions, want, plain):
-            self._settle()
+            self._require_open()
+            self._lib.step_join(self._step, len(want), _address(self._best))
             self._begun = None
             self.last_argmax = self._best[: len(want)].tolist()
             return self._logits[: len(want), : self.vocab_size]
@@ -177,9 +180,20 @@ class NativeRunner:
         """Begin a step that fits the buffers, which those of decode and short prompts do; leave others to `rows`."""
         if len(want) > len(self._logits) or list(want) != sorted(set(want)):
             return
-        to = (self._logits.data_ptr(), _address(self._best), plain)
-        if self._call(self._lib.step_begin, tokens, slots, positions, want, to):
+        self._begun = None
+        if self._call(self._lib.step_begin, tokens, slots, positions, want, (self._logits.data_ptr(), plain)):
             self._begun = (tokens, slots, positions, want, plain)
+
+    @property
+    def follow(self) -> Follow | None:
+        """Say what follows the step that was begun (see ModelRunner.follow)."""
+        return self._follow if self.threads > 1 else None
+
+    def _follow(self, after: Sequence[int], slots: Sequence[int], positions: Sequence[int], below: int) -> bool:
+        if self._begun is None:
+            return False
+        arrays = [array("q", part) for part in (after, slots, positions)]
+        return bool(self._lib.step_follow(self._step, len(after), *map(_address, arrays), below))
 
     def _require_open(self) -> None:
         """Raise ValueError once closed."""
@@ -187,9 +201,9 @@ class NativeRunner:
             raise ValueError("the runner is closed")
 
     def _settle(self) -> None:
-        """Have what was begun computed to its end. Raises ValueError once closed."""
+        """Have what was begun computed to its end; what only followed is dropped. Raises ValueError once closed."""
         self._require_open()
-        self._lib.step_join(self._step)
+        self._lib.step_settle(self._step, self._begun is None)
 
     def hidden(
         self, tokens: Sequence[int], slots: Sequence[int], positions: Sequence[int], want: Sequence[int]

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 Greatest = Callable[[Sequence[int], Sequence[int], Sequence[int], Sequence[int]], list[int]]  # see ModelRunner.greatest
 Begin = Callable[[Sequence[int], Sequence[int], Sequence[int], Sequence[int], bool], None]  # see ModelRunner.begin
+Follow = Callable[[Sequence[int], Sequence[int], Sequence[int], int], bool]  # see ModelRunner.follow
 Knobs = tuple[float, float, float, float, float]  # a random number from 0 to 1, temperature, top_p, min_p, top_k
 UNSETTLED, UNSOUND = -1, -2  # instead of a token
 Scored = tuple[float, tuple[tuple[int, float], ...]]  # a token's log-probability; the most probable ones and theirs
@@ -68,6 +69,17 @@ class ModelRunner(Protocol):
 
         The next call of it, if it has the same arguments, waits for it and returns the result; one with others
         forgets it. Raises ValueError as `rows` does. The result of the call before is no longer valid.
+        """
+        ...
+
+    @property
+    def follow(self) -> Follow | None:
+        """Say what will follow the step that was begun, but for its tokens; None: the runner cannot begin it by itself.
+
+        Row i's token will be where the greatest logit of row after[i] of the begun step's results is; slots and
+        positions are given, and all rows are wanted. If all tokens are below the number given last, the step begins as
+        soon as they are known. The next `begin`, if it is of just that, finds it so; what is anything else forgets it.
+        Returns whether it may come so: then the logits of the begun step are not valid, only where the greatest are.
         """
         ...
 

@@ -107,6 +107,8 @@ class TorchRunner:
         """Launch a step (see `ModelRunner.begin`); on a CPU, where `rows` returns when it is done, there is no use."""
         return None if self._graphs is None else self._begin
 
+    follow = None  # on CUDA the next step is launched when the tokens are known: they come to the host all the same
+
     def _begin(
         self,
         tokens: Sequence[int],

@@ -7,7 +7,7 @@ class PlainRunner:
     device, dtype, arithmetic, position_bytes = "cpu", "fp32", "000000", 4
     independent, own_threads = False, False
     last_argmax: list[int] | None = None
-    greatest = draw = logprobs = begin = None
+    greatest = draw = logprobs = begin = follow = None
 
     def copy(self, source: int, target: int, length: int) -> None: ...
 

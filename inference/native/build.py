@@ -141,6 +141,7 @@ def run_sanitized(arguments: list[str]) -> int:
         "tests/test_native_packing.py",
         "tests/test_native_runner.py",
         "tests/test_native_screen.py",
+        "tests/test_following.py",
         "tests/test_native_draw.py",
         *arguments,
     ]  # -s: its words

@@ -32,44 +32,56 @@ class Member {
     unsigned round = 0, joins = 0;  // the phase that its program has come to; the one in which it came to the step
 };
 
-// The caller of run() or begin() is member 0. Between begin() and join() the others work without it.
+// The caller of run() or begin() is member 0. Between begin() and join() the others work without it, and at a step's end
+// they may go on to the next.
 class Team {
   public:
-    // `job` is what every thread does in a step.
-    Team(int size, std::function<void(Member &)> job) : size(size), job(std::move(job)) {
+    // `job` is what every thread does in a step; at its end one of them asks goes_on(number), with all others waiting,
+    // whether another begins at once.
+    Team(int size, std::function<void(Member &)> job, std::function<bool(uint32_t)> goes_on)
+        : size(size), job(std::move(job)), goes_on(std::move(goes_on)) {
         for (auto &set : next) set = std::vector<Counter>(size);
         for (int id = 0; id < size; id++) members.push_back(std::make_unique<Member>(*this, id));
         for (int id = 1; id < size; id++) threads.emplace_back([this, id] { serve(*members[id]); });
     }
     ~Team() {
-        join(true);
-        stopping = true;  // published by start()
-        start();
+        settle(true);
+        stopping = true;
+        wake();
         for (auto &thread : threads) thread.join();
     }
     Team(const Team &) = delete;
 
-    // Do one step on all threads, the caller's included; none is still in it when this returns.
+    // Do one step on all threads, the caller's included; none is still in it when this returns. Only once settled.
     void run() {
         start(size);
-        work(*members[0], members[0]->round);
+        work(*members[0], members[0]->round = first);
     }
 
-    // Let the other threads, of which there must be one, begin a step.
-    void begin() { start(size - 1); }
+    // Let the other threads, of which there must be one, begin a step; return its number. Only once settled.
+    uint32_t begin() { return start(size - 1), begun.load(std::memory_order_relaxed); }
 
-    // Take part in what is left of a begun step, and return when it is over. `drop`: nobody wants its results.
-    void join(bool drop) {
+    // Take part in what is left of a begun step, and return when it is over.
+    void join(uint32_t number) {
         Member &me = *members[0];
+        while (!is_over(number)) {
+            State now = meeting.load(std::memory_order_acquire);
+            if (now.present == now.arrived) _mm_pause();  // it is ending
+            else if (meeting.compare_exchange_weak(now, {now.phase, uint16_t(now.present + 1), now.arrived}))
+                work(me, (me.round = first, now.phase));
+        }
+    }
+
+    // Join until nobody works. `drop`: nobody wants the results. Only while goes_on() says no.
+    void settle(bool drop) {
         dropped.store(drop, std::memory_order_relaxed);
-        for (State now = meeting.load(std::memory_order_acquire); now.present; )
-            if (meeting.compare_exchange_weak(now, {now.phase, uint16_t(now.present + 1), now.arrived})) {
-                work(me, now.phase);
-                break;
-            }
-        me.round = meeting.load(std::memory_order_acquire).phase;
+        for (uint32_t number; number = begun.load(std::memory_order_acquire),
+                              number != ended.load(std::memory_order_acquire) || meeting.load(std::memory_order_acquire).present;)
+            join(number);
         dropped.store(false, std::memory_order_relaxed);
     }
+    uint32_t next_number() const { return begun.load(std::memory_order_relaxed) + 1; }  // of the step that the caller begins next
+    bool is_over(uint32_t number) const { return int32_t(ended.load(std::memory_order_acquire) - number) >= 0; }
     const int size;
 
   private:
@@ -78,10 +90,26 @@ class Team {
         uint32_t phase;             // how many have ended
         uint16_t present, arrived;  // members in the step, 0 between steps; of them at the end of this phase
     };
-    void start(int present = 0) {
-        if (present) meeting.store({meeting.load().phase, uint16_t(present), 0});
+    void start(int present) {
+        const uint32_t phase = meeting.load(std::memory_order_acquire).phase;
+        first = phase;
+        begun.fetch_add(1, std::memory_order_relaxed);
+        meeting.store({phase, uint16_t(present), 0}, std::memory_order_release);
+        wake();
+    }
+    void wake() {
         steps.value.fetch_add(1, std::memory_order_release);
         steps.value.notify_all();
+    }
+    // What the last member does when a step has come to its end: until the phase is over, nobody joins or leaves.
+    void end(uint32_t phase) {
+        const uint32_t number = begun.load(std::memory_order_relaxed);
+        const bool more = goes_on(number);
+        first = phase + 1;
+        if (more) begun.store(number + 1, std::memory_order_release);
+        ended.store(number, std::memory_order_release);
+        meeting.store({phase + 1, uint16_t(more ? size - 1 : 0), 0}, std::memory_order_release);
+        if (more) wake();
     }
     void work(Member &me, unsigned joins) {
         me.joins = joins;
@@ -103,8 +131,11 @@ class Team {
         }
     }
     const std::function<void(Member &)> job;
+    const std::function<bool(uint32_t)> goes_on;
     std::vector<std::unique_ptr<Member>> members;
     alignas(64) std::atomic<State> meeting{State{0, 0, 0}};
+    std::atomic<uint32_t> begun{0}, ended{0};  // steps so far
+    uint32_t first = 0;                        // phase of the step
     Counter steps;
     std::vector<Counter> next[2];  // of each thread's share: the next piece; two sets, used by turns
     std::atomic<bool> dropped{false};
@@ -120,10 +151,11 @@ inline void Member::barrier(bool last) {
     using State = Team::State;
     State now = team.meeting.load(std::memory_order_relaxed), then;
     do {
-        const bool all = now.arrived + 1 == now.present;
-        then = all ? State{now.phase + 1, last ? uint16_t(0) : now.present, 0} : State{now.phase, now.present, uint16_t(now.arrived + 1)};
+        const bool over = !last && now.arrived + 1 == now.present;
+        then = over ? State{now.phase + 1, now.present, 0} : State{now.phase, now.present, uint16_t(now.arrived + 1)};
     } while (!team.meeting.compare_exchange_weak(now, then, std::memory_order_acq_rel, std::memory_order_relaxed));
     if (then.phase != now.phase) return;
+    if (then.arrived == then.present) return team.end(now.phase);
     for (int spins = 0; team.meeting.load(std::memory_order_acquire).phase == now.phase; spins++)
         if (spins < 4000) _mm_pause();
         else std::this_thread::yield();
