@@ -88,7 +88,7 @@ bool step_follow(Step *step, long count, const long *after, const long *slot, co
 // Take part in what was begun, if it is not over, until it is; its `best` are written. Then what has followed it is what
 // was begun.
 void step_join(Step *step, long wanted, long *best) {
-    const uint32_t number = step->asked;
+    const long number = step->asked;
     if (!number) return;
     step->team.join(number);
     std::copy_n(step->told[number % 2].data(), wanted, best);

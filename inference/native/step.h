@@ -65,8 +65,8 @@ struct Step {
     std::unique_ptr<Look> look;           // null: nothing is screened
     bool plain = false, looks = false;    // in this part of a step nobody wants the logits; they are not computed
     std::vector<long> told[2];            // `best` of steps that were begun, by their numbers' last bits
-    uint32_t asked = 0;                   // the number of the step that was begun and not asked for yet, else 0
-    std::atomic<uint32_t> followed{0};    // of the last step that the team has begun by itself
+    long asked = 0;                       // the number of the step that was begun and not asked for yet, else 0
+    std::atomic<long> followed{0};        // of the last step that the team has begun by itself
     Following following;
     bool foretold = false;                // the caller has said what follows the step that is `asked` for
     After after;                          // its rows are 0 while there are rows to compute
@@ -75,7 +75,7 @@ struct Step {
     explicit Step(const Model &m)
         : m(m), size(m.width / m.heads), span(up_to(m.block, BLOCK)), wide(up_to(m.width, PANEL)), x(ROWS * wide),
           y(ROWS * up_to(3 * m.width, PANEL)), h(ROWS * 4 * m.width), shared(ROWS, 4 * m.width),
-          own(m.threads), team(m.threads, [this](Member &me) { work(me); }, [this](uint32_t number) { return goes_on(number); }) {
+          own(m.threads), team(m.threads, [this](Member &me) { work(me); }, [this](long number) { return goes_on(number); }) {
         for (auto &o : own) o = std::make_unique<Own>(m.width, span);
         for (auto &of_step : told) of_step.resize(ROWS);
         if (SCREENS && m.screen.head.weights) look = std::make_unique<Look>(this->m.screen, m.vocabulary, m.threads);
@@ -270,7 +270,7 @@ struct Step {
 
     // Make what follows step `number`, whose results are there, the next one; return whether there is such. The steps of
     // greedy rows need Python for nothing else, which takes 0.15 to 0.25 ms from one to the next, as its memory is cold.
-    bool goes_on(uint32_t number) try {
+    bool goes_on(long number) try {
         if (!following.given.exchange(false, std::memory_order_acquire)) return false;
         Following &f = following;
         f.token.clear();

@@ -38,7 +38,7 @@ class Team {
   public:
     // `job` is what every thread does in a step; at its end one of them asks goes_on(number), with all others waiting,
     // whether another begins at once.
-    Team(int size, std::function<void(Member &)> job, std::function<bool(uint32_t)> goes_on)
+    Team(int size, std::function<void(Member &)> job, std::function<bool(long)> goes_on)
         : size(size), job(std::move(job)), goes_on(std::move(goes_on)) {
         for (auto &set : next) set = std::vector<Counter>(size);
         for (int id = 0; id < size; id++) members.push_back(std::make_unique<Member>(*this, id));
@@ -59,14 +59,14 @@ class Team {
     }
 
     // Let the other threads, of which there must be one, begin a step; return its number. Only once settled.
-    uint32_t begin() { return start(size - 1), begun.load(std::memory_order_relaxed); }
+    long begin() { return start(size - 1), begun.load(std::memory_order_relaxed); }
 
     // Take part in what is left of a begun step, and return when it is over.
-    void join(uint32_t number) {
+    void join(long number) {
         Member &me = *members[0];
         while (!is_over(number)) {
             State now = meeting.load(std::memory_order_acquire);
-            if (now.present == now.arrived) _mm_pause();  // it is ending
+            if (now.present == now.arrived) std::this_thread::yield();  // it is ending
             else if (meeting.compare_exchange_weak(now, {now.phase, uint16_t(now.present + 1), now.arrived}))
                 work(me, (me.round = first, now.phase));
         }
@@ -75,13 +75,14 @@ class Team {
     // Join until nobody works. `drop`: nobody wants the results. Only while goes_on() says no.
     void settle(bool drop) {
         dropped.store(drop, std::memory_order_relaxed);
-        for (uint32_t number; number = begun.load(std::memory_order_acquire),
-                              number != ended.load(std::memory_order_acquire) || meeting.load(std::memory_order_acquire).present;)
-            join(number);
+        for (;;)
+            if (const long number = begun.load(std::memory_order_acquire); !is_over(number)) join(number);
+            else if (meeting.load(std::memory_order_acquire).present) std::this_thread::yield();  // it is ending
+            else break;
         dropped.store(false, std::memory_order_relaxed);
     }
-    uint32_t next_number() const { return begun.load(std::memory_order_relaxed) + 1; }  // of the step that the caller begins next
-    bool is_over(uint32_t number) const { return int32_t(ended.load(std::memory_order_acquire) - number) >= 0; }
+    long next_number() const { return begun.load(std::memory_order_relaxed) + 1; }  // of the step that the caller begins next
+    bool is_over(long number) const { return ended.load(std::memory_order_acquire) >= number; }
     const int size;
 
   private:
@@ -103,7 +104,7 @@ class Team {
     }
     // What the last member does when a step has come to its end: until the phase is over, nobody joins or leaves.
     void end(uint32_t phase) {
-        const uint32_t number = begun.load(std::memory_order_relaxed);
+        const long number = begun.load(std::memory_order_relaxed);
         const bool more = goes_on(number);
         first = phase + 1;
         if (more) begun.store(number + 1, std::memory_order_release);
@@ -131,11 +132,11 @@ class Team {
         }
     }
     const std::function<void(Member &)> job;
-    const std::function<bool(uint32_t)> goes_on;
+    const std::function<bool(long)> goes_on;
     std::vector<std::unique_ptr<Member>> members;
     alignas(64) std::atomic<State> meeting{State{0, 0, 0}};
-    std::atomic<uint32_t> begun{0}, ended{0};  // steps so far
-    uint32_t first = 0;                        // phase of the step
+    std::atomic<long> begun{0}, ended{0};  // steps so far
+    uint32_t first = 0;                    // phase of the step
     Counter steps;
     std::vector<Counter> next[2];  // of each thread's share: the next piece; two sets, used by turns
     std::atomic<bool> dropped{false};
