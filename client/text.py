@@ -10,15 +10,7 @@ from typing import Any
 import click
 
 from client.api import ApiClient, ApiError, Reply
-from client.commands import INTERRUPTED
 from client.view import note, print_reply, raw, say
-
-
-def stopped() -> click.exceptions.Exit:
-    """Say that the user has stopped it, and return what ends the command."""
-    say()
-    note("stopped")
-    return click.exceptions.Exit(INTERRUPTED)
 
 
 def print_end(reply: Reply) -> None:
@@ -36,7 +28,8 @@ def stream(client: ApiClient, body: Reply) -> None:
             say(event.get("text", ""), nl=False)
             end = event
     except KeyboardInterrupt:
-        raise stopped() from None
+        say()  # what comes next begins a line
+        raise
     say()
     print_end(end)
 
@@ -92,4 +85,5 @@ def converse(client: ApiClient, said: str | None, system: str | None, options: d
             else:
                 messages.append({"role": "assistant", "content": text})
     except KeyboardInterrupt:
-        raise stopped() from None
+        say()  # what comes next begins a line
+        raise

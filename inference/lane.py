@@ -224,10 +224,11 @@ class Lane:
 
         They do not where all rows are greedy, unless a greatest one's id stands for no text, or is no finite number.
         """
-        greatest = self.runner.greatest if step.plain else None
+        plain = step.plain
+        greatest = self.runner.greatest if plain else None
         logits = None if greatest is not None else self.runner.rows(*step.rows)
         best = self.runner.last_argmax if greatest is None else greatest(*step.rows)
-        if best is not None and step.plain and all(token < self.vocab_size for token in best):
+        if best is not None and plain and all(token < self.vocab_size for token in best):
             return best, None
         if logits is None:
             logits, best = self.runner.rows(*step.rows), self.runner.last_argmax
