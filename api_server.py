@@ -39,6 +39,7 @@ from web import (
     job_routes,
     native_routes,
     openai_routes,
+    query,
     security,
 )
 from web.catalogue import Catalogue
@@ -77,9 +78,10 @@ def _note_request(app: Flask, metrics: Metrics) -> None:
         route = "none" if request.url_rule is None else request.url_rule.rule
         metrics.observe(request.method, route, response.status_code, time.monotonic() - g.started)
         response.headers["X-Request-Id"] = g.request_id
-        ignored = g.get("ignored_params")
-        if ignored:
-            names = (name for name in ignored if name.isascii() and name.isidentifier())  # a header takes no others
+        in_query = query.unknown_parameters() if errors.is_openai(request.path) else []
+        ignored = [*g.get("ignored_params", ()), *in_query]
+        names = [name for name in ignored if name.isascii() and name.isidentifier()]  # a header takes no others
+        if names:
             response.headers["X-Ignored-Params"] = ", ".join(names)[:1000]
         return close_if_unread(response)
 
@@ -107,6 +109,7 @@ def create_app(settings: Settings, engine: InferenceBackend, jobs: JobManager, w
     errors.register(app)
     _note_request(app, metrics)
     security.protect(app, settings)
+    app.before_request(query.refuse_unknown)
     for module in (
         native_routes,
         job_routes,

@@ -110,6 +110,38 @@ def test_errors_under_v1_have_openais_four_keys(server, method, path):
     assert set(found) == {"message", "type", "param", "code"} and found["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "expected"),
+    [
+        ("GET", "/api/jobs/x/metrics?afer=5", "unknown field 'afer'; did you mean 'after'?"),
+        ("GET", "/api/jobs/x/log?folow=1", "unknown field 'folow'; did you mean 'follow'?"),
+        ("GET", "/api/models?limt=3", "unknown field 'limt'"),
+        ("GET", "/api/jobs/x?__class__=1", "unknown field '__class__'"),
+        ("DELETE", "/api/datasets/x?force=1", "unknown field 'force'"),
+        ("POST", "/api/train?dry_run=1", "unknown field 'dry_run'"),
+    ],
+)
+def test_an_unknown_parameter_of_api_is_refused_like_an_unknown_field(server, method, path, expected):
+    reply = server.client.open(path, method=method)
+    assert reply.status_code == 400 and reply.json == {"error": expected}
+
+
+@pytest.mark.parametrize("path", ["/", "/?x=1", "/health?x=1", "/metrics?x=1", "/docs?x=1", "/static/app.js?v=2"])
+def test_pages_and_health_take_no_notice_of_parameters(server, path):
+    with server.get(path) as reply:
+        assert reply.status_code == 200 and "X-Ignored-Params" not in reply.headers
+
+
+def test_a_preflight_is_answered_whatever_the_parameters(server):
+    assert server.client.options("/api/models?limt=3").status_code == 200
+
+
+def test_unknown_parameters_under_v1_are_ignored_and_named(server):
+    reply = server.get("/v1/files?limit=2&limt=3&order=asc&extra[]=1")
+    assert reply.status_code == 200 and reply.headers["X-Ignored-Params"] == "limt"
+    assert "X-Ignored-Params" not in server.get("/v1/fine_tuning/jobs?limit=2&metadata[team]=red").headers
+
+
 def test_a_wrong_query_is_refused_like_a_wrong_body(server):
     reply = server.get("/api/jobs/x/metrics?limit=0")
     assert reply.status_code == 400 and reply.json["error"].startswith("limit is")

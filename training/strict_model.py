@@ -47,7 +47,7 @@ class StrictModel(BaseModel):
             return value
         for name in value:
             if name not in cls.model_fields:
-                raise PydanticCustomError("unknown_field", "{sentence}", {"sentence": _unknown(name, cls)})
+                raise PydanticCustomError("unknown_field", "{sentence}", {"sentence": unknown_field(name, cls)})
         return {name: given for name, given in value.items() if given is not None}
 
     @classmethod
@@ -131,7 +131,8 @@ def shown(value: object) -> str:
     return text if len(text) <= SHOWN else text[:SHOWN] + "…"
 
 
-def _unknown(name: object, model: type[BaseModel]) -> str:
+def unknown_field(name: object, model: type[BaseModel]) -> str:
+    """Return the sentence that refuses a name which `model` does not have, with its nearest."""
     near = difflib.get_close_matches(str(name)[:SHOWN], model.model_fields, n=1)
     return f"unknown field {shown(name)}" + (f"; did you mean {near[0]!r}?" if near else "")
 
