@@ -7,23 +7,26 @@ refused or failed, 2 wrong usage, 3 server not reachable, 130 stopped by Ctrl-C.
 tables of options and the views; nothing of the server is imported, so that help and mistakes are answered at once.
 """
 
-import json
 import sys
-from pathlib import Path, PurePosixPath
-from typing import Any
 
 try:
-    import click
-except ModuleNotFoundError:  # the first mistake of many: a Python without the project's packages
-    sys.exit("click is not installed for this Python; after `make setup` use .venv/bin/python api_client.py")
+    import json
+    from pathlib import Path, PurePosixPath
+    from typing import Any
 
-from client.api import ApiClient, Reply
-from client.commands import INTERRUPTED, command, global_options
-from client.compare import compare, save_picture
-from client.follow import follow, standing
-from client.options import SAMPLING, TRAINING, check_name, check_names, given, options, parse_settings, read_prompt
-from client.text import converse, print_end, stream
-from client.view import advise, megabytes, note, print_dry_run, print_reply, raw, say
+    import click
+
+    from client.api import ApiClient, Reply
+    from client.commands import INTERRUPTED, command, global_options
+    from client.compare import compare, save_picture
+    from client.follow import follow, standing
+    from client.options import SAMPLING, TRAINING, check_name, check_names, given, options, parse_settings, read_prompt
+    from client.text import converse, print_end, stream
+    from client.view import advise, megabytes, note, print_dry_run, print_reply, raw, say
+except ModuleNotFoundError as error:  # the first mistake of many: a Python without the project's packages
+    sys.exit(f"{error.name} is not installed for this Python; after `make setup` use .venv/bin/python api_client.py")
+except KeyboardInterrupt:  # no command is there yet to answer it
+    sys.exit(130)
 
 
 @click.group(

@@ -726,6 +726,15 @@ def test_a_server_that_is_not_there_is_exit_code_3_and_one_line_that_says_what_t
     assert done.stderr.count("\n") == 1 and "python api_server.py" in done.stderr and "make run" in done.stderr
 
 
+@pytest.mark.parametrize("module", ["click", "statistics"])  # the first and one of the last that are imported
+def test_ctrl_c_while_the_client_is_still_imported_ends_it_without_a_traceback(tmp_path, monkeypatch, module):
+    allowed = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"  # whatever is inherited
+    (tmp_path / f"{module}.py").write_text(f"{allowed}signal.raise_signal(signal.SIGINT)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    done = start("status", url="http://127.0.0.1:1")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 def test_help_needs_neither_requests_nor_rich():
     code = "import sys, api_client; print({'torch', 'flask', 'requests', 'rich'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30)
