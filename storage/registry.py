@@ -74,7 +74,7 @@ def _by_type(workspace: Workspace, name: str) -> ModelReference:
 
 def _by_path(workspace: Workspace, value: str) -> ModelReference:
     parts = value.removesuffix("/").split("/")
-    if not all(NAME.fullmatch(part) for part in parts):
+    if not all(NAME.fullmatch(part) for part in parts):  # it may lead anywhere, so it is not repeated
         raise BadName(f"model_path is not one that can be loaded; {PATH_RULE}")
     if parts[0] == "out" and 2 <= len(parts) <= 4:
         try:
@@ -88,7 +88,7 @@ def _by_path(workspace: Workspace, value: str) -> ModelReference:
     if len(parts) == 1 and parts[0] not in ("out", "models") and workspace.pretrained_dir is not None:
         path = _locate(workspace.pretrained_dir, parts, value)
         return ModelReference(value, "pretrained" if value in PRETRAINED else "folder", path, value)
-    raise BadName(f"model_path is not one that can be loaded; {PATH_RULE}")
+    raise BadName(f"model_path is {quoted(value)}; {PATH_RULE}")
 
 
 def _locate(root: Path, parts: Sequence[str], shown: str) -> Path:
@@ -97,6 +97,8 @@ def _locate(root: Path, parts: Sequence[str], shown: str) -> Path:
         mode = look_up(root, parts).st_mode
     except NotFound:
         raise NotFound(f"{shown} does not exist") from None
+    except NotLoadable as error:  # tells which part of it is a link, or a file in place of a folder
+        raise NotLoadable(f"{shown} cannot be loaded: {error}") from None
     path, is_file_name = root.joinpath(*parts), parts[-1].endswith(".pt") or parts[-1] in FOLDER_FILES
     if is_file_name and len(parts) > 1:
         if not stat.S_ISREG(mode):

@@ -45,6 +45,14 @@ def test_models_lists_the_pretrained_names_in_order(server):
     assert models["trained_models"] == []
 
 
+@pytest.mark.parametrize(
+    ("body", "found"), [({}, "neither is"), ({"model_type": "gpt2", "model_path": "out/x"}, "both are")]
+)
+def test_load_model_says_which_of_its_two_fields_it_found(server, body, found):
+    expected = f"give exactly one of model_path and model_type; {found} given"
+    assert sentence(server.post("/api/load_model", body)) == expected
+
+
 def test_load_model_serves_another_and_says_so(server):
     reply = server.post("/api/load_model", {"model_type": "gpt2"})
     assert reply.json["message"] == "Model loaded successfully" and reply.json["model"]["id"] == "gpt2"

@@ -110,11 +110,14 @@ def test_an_unknown_type_is_refused_with_the_known_ones(workspace, value):
 
 
 OUTSIDE = [
-    "/etc/passwd", "/etc/no_such_file", "out/x/../../etc/passwd", "../secret/ckpt.pt", "secret/ckpt.pt",
-    "secret/none.pt", "~/.ssh/id_rsa", "out/%2e%2e/etc/passwd", "out/run/ckpt.pt#/../x", "/proc/self/environ",
-    "/dev/zero", "out/*/ckpt.pt", "out/\uff0e\uff0e/ckpt.pt", "out/\ud800/ckpt.pt", "out", "out/", "models",
-    "data/x/train.bin", "out/run/ckpt.pt\0", "\\\\x", "out//run", "out/run/a/b/c", "C:\\out\\run", "./out/run",
-    "models/a/b/c", "out/run\n", "file:///etc/passwd", "/", "//", "x/", "x//", "out/run//",
+    "/etc/passwd", "/etc/no_such_file", "out/x/../../etc/passwd", "../secret/ckpt.pt", "~/.ssh/id_rsa",
+    "out/%2e%2e/etc/passwd", "out/run/ckpt.pt#/../x", "/proc/self/environ", "/dev/zero", "out/*/ckpt.pt",
+    "out/\uff0e\uff0e/ckpt.pt", "out/\ud800/ckpt.pt", "out/run/ckpt.pt\0", "\\\\x", "out//run", "C:\\out\\run",
+    "./out/run", "out/run\n", "file:///etc/passwd", "/", "//", "x//", "out/run//",
+]  # fmt: skip
+NO_MODELS_PATH = [
+    "secret/ckpt.pt", "secret/none.pt", "out", "out/", "models", "data/x/train.bin", "out/run/a/b/c", "models/a/b/c",
+    "x", "x/",
 ]  # fmt: skip
 
 
@@ -125,8 +128,15 @@ def test_a_path_outside_gets_one_reply_whether_it_exists_or_not(workspace, value
     assert str(caught.value) == f"model_path is not one that can be loaded; {PATH_RULE}"  # nor is it repeated
 
 
+@pytest.mark.parametrize("value", NO_MODELS_PATH)
+def test_names_that_are_no_models_path_are_repeated_whether_they_exist_or_not(workspace, value):
+    with pytest.raises(BadName) as caught:
+        resolve(Workspace(workspace.root), model_path=value)
+    assert str(caught.value) == f'model_path is "{value}"; {PATH_RULE}'
+
+
 def test_refusals_name_no_folder_of_the_machine(workspace):
-    for value in (*OUTSIDE, "out/none/ckpt.pt", "out/run/none.pt", "none", "models/none", "out/run/train.log"):
+    for value in (*OUTSIDE, *NO_MODELS_PATH, "out/none/ckpt.pt", "out/run/none.pt", "none", "models/none", "out/run/train.log"):
         with pytest.raises(StorageError) as caught:
             resolve(workspace, model_path=value)
         assert str(workspace.root) not in str(caught.value)
@@ -149,7 +159,7 @@ def test_links_are_refused_wherever_they_point(workspace, target):
     (workspace.out / "link").symlink_to(target)
     (workspace.out / "run" / "link.pt").symlink_to(target + "/ckpt.pt")
     for value in ("out/link/ckpt.pt", "out/link", "out/run/link.pt"):
-        with pytest.raises(NotLoadable, match="is a link"):
+        with pytest.raises(NotLoadable, match=rf"^{value} cannot be loaded: .*is a link; links are not followed$"):
             resolve(workspace, model_path=value)
 
 

@@ -118,7 +118,8 @@ class LoadBody(StrictModel):
     @model_validator(mode="after")
     def _exactly_one(self) -> "LoadBody":
         if (self.model_path is None) == (self.model_type is None):
-            raise ValueError("give exactly one of model_path and model_type")
+            found = "neither is" if self.model_path is None else "both are"
+            raise ValueError(f"give exactly one of model_path and model_type; {found} given")
         return self
 
     def choice(self) -> dict[str, str]:
