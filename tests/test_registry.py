@@ -136,7 +136,8 @@ def test_names_that_are_no_models_path_are_repeated_whether_they_exist_or_not(wo
 
 
 def test_refusals_name_no_folder_of_the_machine(workspace):
-    for value in (*OUTSIDE, *NO_MODELS_PATH, "out/none/ckpt.pt", "out/run/none.pt", "none", "models/none", "out/run/train.log"):
+    missing = ["out/none/ckpt.pt", "out/run/none.pt", "none", "models/none"]
+    for value in (*OUTSIDE, *NO_MODELS_PATH, *missing, "out/run/train.log"):
         with pytest.raises(StorageError) as caught:
             resolve(workspace, model_path=value)
         assert str(workspace.root) not in str(caught.value)
