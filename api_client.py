@@ -152,6 +152,8 @@ def train(client: ApiClient, settings: tuple[str, ...], live: bool, dry_run: boo
     print_reply(reply) if raw() else say(f"{reply['message']}: job {name}, settings in {reply['config_path']}")
     if live:
         return follow(client, name)
+    if reply["process_id"] is None and "job" in reply:
+        note(standing(reply["job"]))
     advise(client, follow=f"jobs follow {name}", load=f"load --model_path out/{name}/ckpt.pt")
 
 

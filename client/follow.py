@@ -107,7 +107,8 @@ def plot(train: Points, val: Points) -> list[str]:
 def standing(job: Reply) -> str:
     """Return the job's name, state and place: in the queue, or among its iterations."""
     if job.get("queue_position") is not None:
-        return f"{job['name']} {job['state']}  place {job['queue_position']} in the queue"
+        reason = f" ({job['queue_reason']})" if job.get("queue_reason") else ""
+        return f"{job['name']} {job['state']}  place {job['queue_position']} in the queue{reason}"
     state = "stopping" if job.get("stopping") else job["state"]
     return f"{job['name']} {state}  iteration {job.get('iter_num') or 0} of {readable(job.get('max_iters'))}"
 

@@ -257,6 +257,7 @@ class FakeJob:
         numbers = {"iter_num": 0, "max_iters": max_iters, "loss": None, "val_loss": None, "best_val_loss": None}
         times = {"created": time.time(), "started": None, "finished": None, "eta_seconds": None}
         rest = {"tokens_per_second": None, "error": None, "process_id": self.process_id, "queue_position": None}
+        rest |= {"queue_reason": "max_jobs is 1" if self.state == "queued" else None}
         rest |= {"priority": self.priority, "has_result": self.has_result}
         return {"name": self.name, "state": self.state, **numbers, **times, **rest, "config": self.config.given()}
 

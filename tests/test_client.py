@@ -36,6 +36,7 @@ SAMPLES = [
     {"iter_num": 10, "prompt": "def ", "text": "x"},
     {"iter_num": 20, "prompt": "def ", "text": "f():\x1b[2J"},
 ]
+WAITS = {"state": "queued", "queue_position": 1, "queue_reason": "max_jobs is 1; running now: other"}
 SIZED = {"id": "mine", "kind": "trained", "loaded": True, "parameters": 1234567, "size_bytes": 2469134}
 SIZED |= {"memory_bytes": 9876543}
 
@@ -82,7 +83,7 @@ class FakeServer(ThreadingHTTPServer):
             "GET /api/jobs/mine/log": lambda: self.log(query),
             "POST /api/jobs/mine/stop": lambda: self.job | {"state": "stopped"},
             "POST /api/jobs/mine/resume": lambda: self.job | {"state": "queued"},
-            "POST /api/jobs/mine/priority": lambda: self.job | {"state": "queued", "queue_position": 1},
+            "POST /api/jobs/mine/priority": lambda: self.job | WAITS,
             "DELETE /api/jobs/mine": lambda: self.job,
             "GET /api/datasets": lambda: {"datasets": [{"name": "stdlib", "bytes": 12, "tokens": {"gpt2": 5}}]},
             "DELETE /api/datasets/notes": lambda: {"message": "Dataset notes deleted"},
@@ -311,6 +312,15 @@ def test_train_sends_options_and_settings_and_says_what_next(server):
     assert "jobs follow mine" in done.stderr and "load --model_path out/mine/ckpt.pt" in done.stderr
 
 
+def test_train_and_show_say_why_a_job_waits(server):
+    reply = {"message": "Training queued", "config_path": "out/mine/train_config.json", "process_id": None}
+    server.answers["POST /api/train"] = reply | {"job": server.job | WAITS}
+    done = run("train", "--dataset", "d", "--output_dir", "out/mine")
+    assert "Training queued: job mine" in done.stdout and f"({WAITS['queue_reason']})" in done.stderr
+    server.job |= WAITS
+    assert WAITS["queue_reason"] in run("jobs", "show", "mine").stdout
+
+
 def test_train_asks_for_adapters_and_for_checkpoints_that_stay(server):
     run("train", "--dataset", "d", "--output_dir", "out/mine", "--lora_rank", "8", "--keep-every", "2")
     assert body_of(server) == {"dataset": "d", "output_dir": "out/mine", "lora_rank": 8, "keep_every": 2}
@@ -390,7 +400,8 @@ def test_stop_resume_and_delete_call_the_server(server):
 
 
 def test_a_waiting_job_is_moved_in_the_queue(server):
-    assert run("jobs", "priority", "mine", "5").stdout == "mine queued  place 1 in the queue\n"
+    said = run("jobs", "priority", "mine", "5").stdout
+    assert said == f"mine queued  place 1 in the queue ({WAITS['queue_reason']})\n"
     run("jobs", "priority", "mine", "-5", "--json")
     run("jobs", "priority", "mine", "--", "-6")
     assert [body for _, _, body in server.requests] == [{"priority": 5}, {"priority": -5}, {"priority": -6}]

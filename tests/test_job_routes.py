@@ -40,6 +40,8 @@ def test_a_second_job_waits_without_a_process(server):
     server.post("/api/train", TRAIN)
     reply = server.post("/api/train", TRAIN | {"output_dir": "out/second"}).json
     assert reply["message"] == "Training queued" and reply["process_id"] is None
+    reason = "max_jobs is 1"
+    assert reply["job"]["queue_reason"] == server.get("/api/jobs/second").json["queue_reason"] == reason
 
 
 def test_a_busy_output_dir_is_a_conflict(server):

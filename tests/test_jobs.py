@@ -205,6 +205,7 @@ def test_more_jobs_than_max_jobs_wait_in_order(place):
     states = [manager.create(config(name)).describe() for name in "abcd"]
     assert [s["state"] for s in states] == ["running", "running", "queued", "queued"]
     assert [s["queue_position"] for s in states] == [None, None, 1, 2] and states[2]["process_id"] is None
+    assert [s["queue_reason"] for s in states] == [None, None, *2 * ["max_jobs is 2; running now: a, b"]]
     assert manager.counts() == {"running": 2, "queued": 2}
     place.backend.end("b", state="succeeded", iter_num=5)
     wait_for(manager, "c", "running")

@@ -10,7 +10,7 @@ A run that somebody trained by hand has no status.json and is a job all the same
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from storage import checkpoint_files
 from storage.checkpoint_files import CHECKPOINT, PREVIOUS, regular_file
@@ -125,15 +125,22 @@ def _status_of_foreign(run: Run) -> Status:
     )
 
 
+class Place(NamedTuple):
+    """Where a waiting job stands in the queue, and why it waits."""
+
+    position: int | None = None  # counted from 1
+    reason: str | None = None
+
+
 class Job:
-    """One job as its run's folder shows it now; `position` is its place in the queue, counted from 1.
+    """One job as its run's folder shows it now, at its place in the queue if it waits.
 
     `kept` stands for a status.json that the disk has not taken yet. A file that cannot be read does not hide the
     job: `damaged` says what is wrong with the first such file.
     """
 
-    def __init__(self, run: Run, position: int | None = None, kept: Status | None = None) -> None:
-        self.run, self.position = run, position
+    def __init__(self, run: Run, place: Place | None = None, kept: Status | None = None) -> None:
+        self.run, self.place = run, place or Place()
         self.damaged: str | None = None
         status = kept or Status.read(run)
         if status is None:
@@ -213,7 +220,8 @@ class Job:
             "process_id": status.identity.pid if running and status.identity is not None else None,
             "ranks": ranks_of(self.run) if running else [],
             "stopping": running and status.stopping,
-            "queue_position": self.position,
+            "queue_position": self.place.position,
+            "queue_reason": self.place.reason,
             "priority": status.priority,
             "output_dir": self.run.relative,
             "has_result": self.has_result,

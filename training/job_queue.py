@@ -6,7 +6,7 @@ JobManager, whose lock guards it, and a restarted server fills it again from the
 
 from collections.abc import Iterator, Sequence
 
-from training.job import Status
+from training.job import Place, Status
 
 
 class JobQueue:
@@ -47,6 +47,8 @@ class JobQueue:
         keys = [(-status.priority, status.order, name) for name, status in self if status.state == "queued"]
         return [name for _, _, name in sorted(keys)]
 
-    def positions(self) -> dict[str, int]:
-        """Return the place of each waiting job, counted from 1."""
-        return {name: position for position, name in enumerate(self.waiting(), start=1)}
+    def places(self, max_jobs: int) -> dict[str, Place]:
+        """Return the place of each waiting job, and why there is one: no reason where it is about to start."""
+        running = [name for name, status in self if status.state == "running"]
+        reason = f"max_jobs is {max_jobs}; running now: {', '.join(running)}" if len(running) >= max_jobs else None
+        return {name: Place(position, reason) for position, name in enumerate(self.waiting(), start=1)}

@@ -26,7 +26,7 @@ from training.backend import TrainingBackend
 from training.config import ConfigError, TrainConfig
 from training.ending import could_not_start, how_it_ended
 from training.hardware import memory_kills
-from training.job import ENDED, Job, JobBusy, Status, is_job, read_object, trainer_of
+from training.job import ENDED, Job, JobBusy, Place, Status, is_job, read_object, trainer_of
 from training.job_queue import JobQueue
 from training.lock_file import OutLock
 from training.resumption import further
@@ -85,19 +85,19 @@ class JobManager:
 
     def list(self) -> Sequence[Job]:
         """Return all jobs, oldest first."""
-        positions = self._positions()
+        places = self._places()
         runs = filter(is_job, self._workspace.runs())
-        return sorted((self._job(run, positions) for run in runs), key=lambda job: job.status.created)
+        return sorted((self._job(run, places) for run in runs), key=lambda job: job.status.created)
 
     def get(self, name: object) -> Job:
         """Return a job. Raises BadName, NotFound, and NotLoadable for a folder that cannot be read."""
         run = self._workspace.run(check_name("job", name))
         if not run.exists() or not is_job(run):
             raise NotFound(f"there is no job {run.name}{self._workspace.nearest(run.name)}")
-        return self._job(run, self._positions())
+        return self._job(run, self._places())
 
-    def _job(self, run: Run, positions: Mapping[str, int]) -> Job:
-        return Job(run, positions.get(run.name), self._statuses.kept(run))
+    def _job(self, run: Run, places: Mapping[str, Place]) -> Job:
+        return Job(run, places.get(run.name), self._statuses.kept(run))
 
     def counts(self) -> dict[str, int]:
         """Return how many jobs run and how many wait, without reading a file."""
@@ -113,9 +113,9 @@ class JobManager:
         run = self.get(name).run
         return job_log.follow(run.log, lambda: run.name in self._queue and not self._closed, interval)
 
-    def _positions(self) -> dict[str, int]:
+    def _places(self) -> dict[str, Place]:
         with self._lock:
-            return self._queue.positions()
+            return self._queue.places(self._max_jobs)
 
     # ---- what users ask for
 
