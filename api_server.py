@@ -109,7 +109,7 @@ def create_app(settings: Settings, engine: InferenceBackend, jobs: JobManager, w
     errors.register(app)
     _note_request(app, metrics)
     security.protect(app, settings)
-    app.before_request(query.refuse_unknown)
+    app.before_request(query.check_names)
     for module in (
         native_routes,
         job_routes,

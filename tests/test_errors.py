@@ -9,6 +9,7 @@ from fakes import FakeServer, byte_tokenizer
 
 from inference import sequence
 from storage import errors as storage
+from storage.files import NAME_RULE
 from training.jobs import JobBusy
 from training.strict_model import ConfigError
 from web.client import ClientGone
@@ -142,6 +143,40 @@ def test_unknown_parameters_under_v1_are_ignored_and_named(server):
     assert "X-Ignored-Params" not in server.get("/v1/fine_tuning/jobs?limit=2&metadata[team]=red").headers
 
 
-def test_a_wrong_query_is_refused_like_a_wrong_body(server):
-    reply = server.get("/api/jobs/x/metrics?limit=0")
-    assert reply.status_code == 400 and reply.json["error"].startswith("limit is")
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("metrics?after=1&after=1", "after is given 2 times; it may be given once"),
+        ("log?follow=0&follow=1&follow=0", "follow is given 3 times; it may be given once"),
+        ("plot.svg?compare=a&compare=b", "compare is given 2 times; it may be given once"),
+        ("metrics?afer=1&afer=2&after=1&after=2", "unknown field 'afer'; did you mean 'after'?"),
+    ],
+)
+def test_a_repeated_parameter_of_api_is_refused_like_a_repeated_name(server, path, expected):
+    reply = server.get(f"/api/jobs/x/{path}")
+    assert reply.status_code == 400 and reply.json == {"error": expected}
+
+
+@pytest.mark.parametrize("path", ["/v1/files?limit=2&limit=3", "/?x=1&x=2", "/health?x=1&x=2"])
+def test_elsewhere_a_parameter_may_be_repeated(server, path):
+    assert server.get(path).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("metrics?limit=0", "limit is '0'; it must be at least 1"),
+        ("samples?limit=abc", "limit is 'abc'; it must be a whole number"),
+        ("metrics?after=", "after is ''; it must be a whole number"),
+        ("samples?after=1.5", "after is '1.5'; it must be a whole number"),
+        (f"metrics?after={'9' * 4301}", f"after is '{'9' * 59}…; it must be a whole number of at most 4,300 digits"),
+        ("log?follow=maybe", "follow is 'maybe'; it must be true or false"),
+        ("log?follow", "follow is ''; it must be true or false"),
+        ("plot.svg?compare=../y", f'compare is "../y"; {NAME_RULE}'),
+        ("plot.png?compare=a,b,c,d,e,f", "compare makes 7 jobs; a picture has at most 6"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_a_wrong_value_in_a_query_is_refused_with_its_name_and_its_bound(server, path, expected):
+    reply = server.get(f"/api/jobs/x/{path}")
+    assert reply.status_code == 400 and reply.json == {"error": expected}

@@ -19,6 +19,7 @@ TYPES = {
     "float_type": "a number",
     "finite_number": "a finite number",
     "int_parsing": "a whole number",
+    "int_parsing_size": "a whole number of at most 4,300 digits",
     "float_parsing": "a number",
     "bool_parsing": "true or false",
     "string_type": "text",

@@ -14,7 +14,7 @@ from flask_openapi3.models.tag import Tag
 from storage import datasets as stored
 from storage import uploads
 from storage.errors import BadName, Unreachable
-from storage.files import quoted
+from storage.files import check_name, quoted
 from storage.registry import resolve
 from training import metrics as training_metrics
 from training import plot, raster
@@ -179,7 +179,8 @@ def job_samples(path: NamePath, query: MetricsQuery) -> dict[str, Any]:
 def _drawn(name: str, compare: str) -> str:
     """Return the losses of a job, and of others named in `compare`, as SVG."""
     ctx = context()
-    names = list(dict.fromkeys([name, *filter(None, compare.split(","))]))
+    others = [check_name("compare", other) for other in compare.split(",") if other]
+    names = list(dict.fromkeys([name, *others]))
     if len(names) > plot.MOST_CURVES:
         raise Refused(
             400, f"compare makes {len(names)} jobs; a picture has at most {plot.MOST_CURVES}", param="compare"

@@ -1,4 +1,4 @@
-"""Query parameters that a route does not have: /api refuses them, /v1 names them in a header.
+"""Query parameters that a route does not have: /api refuses them, and repeated ones; /v1 names them in a header.
 
 flask-openapi3 reads and checks those that a route has, the fields of its argument `query`; what it leaves
 is found here, in one way for every route. Pages, /health and /metrics take no notice of it.
@@ -29,8 +29,11 @@ def unknown_parameters() -> list[str]:
     return [name for name in request.args if name not in _known().model_fields]
 
 
-def refuse_unknown() -> None:
-    """Refuse a request to /api whose query has a name that its route does not have, as bodies are refused."""
+def check_names() -> None:
+    """Refuse a request to /api whose query has a name that its route does not have, or one twice, as in bodies."""
     if request.path.startswith("/api/") and request.method != "OPTIONS":  # a browser's preflight, without the request
         for name in unknown_parameters():
             raise Refused(400, unknown_field(name, _known()))
+        for name, values in request.args.lists():
+            if len(values) > 1:
+                raise Refused(400, f"{name} is given {len(values)} times; it may be given once")
