@@ -82,6 +82,9 @@ def test_windows_shrink_to_the_text_there_is(workspace):
     ],
 )
 def test_a_models_name_says_where_to_begin(workspace, model, from_scratch, expected):
+    run = workspace.run("my_run")
+    run.folder.mkdir(parents=True)
+    run.best.write_bytes(b"weights")
     assert base(workspace, model, from_scratch) == expected
 
 

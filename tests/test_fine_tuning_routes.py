@@ -209,7 +209,7 @@ def test_unknown_parameters_are_ignored_and_named(server, file_id):
         ({"model": None}, 400, "model is required"),
         ({"model": ""}, 400, "model"),
         ({"model": 3}, 400, "model is 3"),
-        ({"model": "../../etc"}, 400, "is"),
+        ({"model": "../../etc"}, 400, 'model is "../../etc"; it must be a pretrained name, a run'),
         ({"model": "nobody"}, 404, "nobody"),
         ({"model": "nobody/best"}, 404, "nobody"),
         ({"model": "ft:nano:local::" + "0" * 24}, 404, "ftjob-"),

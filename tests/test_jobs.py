@@ -312,6 +312,14 @@ def test_what_cannot_work_is_refused_before_anything_is_written(place, fields, e
     assert [entry.name for entry in place.workspace.out.iterdir()] == [".lock"] and not place.backend.started
 
 
+@pytest.mark.parametrize("value", ["", "my run", "../x", "my_run/ckpt-500", "/etc/passwd", "out/a/b/c/d"])
+def test_what_no_model_can_be_called_is_refused_as_init_from(place, value):
+    rule = "it must be a pretrained name, a run or a checkpoint: gpt2, my_run, my_run/best, out/my_run/ckpt.pt"
+    with pytest.raises(BadName) as caught:
+        place.manager().create(config(model_type=None, init_from=value, learning_rate=1e-3))
+    assert str(caught.value) == f'init_from is "{value}"; {rule}'
+
+
 CHAT = '{"messages": [{"role": "user", "content": "1 and %d"}, {"role": "assistant", "content": "are numbers."}]}\n'
 
 

@@ -18,7 +18,7 @@ from storage.runs import Workspace
 from storage.token_files import split
 from training import fine_tuning
 from training.config import PRESETS, ConfigError, TrainConfig
-from training.starting_point import reference, settled
+from training.starting_point import named, reference, settled
 
 BYTES_PER_TOKEN = {"char": 1.0, "gpt2": 4.0}
 OTHER_BYTES_PER_TOKEN = 2.5  # of small vocabularies of byte pairs
@@ -57,7 +57,7 @@ def sizes(dataset: Dataset) -> Sizes:
 def base(workspace: Workspace, model: str, from_scratch: bool | str) -> dict[str, str]:
     """Return model_type and init_from for a model's name: pretrained, ft:…, a run, or a preset to begin with.
 
-    Raises NotFound, ConfigError.
+    Raises StorageError, ConfigError.
     """
     if from_scratch:
         preset = model if from_scratch is True else str(from_scratch)
@@ -68,7 +68,10 @@ def base(workspace: Workspace, model: str, from_scratch: bool | str) -> dict[str
         return {"model_type": model, "init_from": "pretrained"}
     if model in PRESETS:
         return {"model_type": model, "init_from": "scratch"}
-    return {"init_from": fine_tuning.model_path(workspace, model) if model.startswith("ft:") else model}
+    if model.startswith("ft:"):
+        return {"init_from": fine_tuning.model_path(workspace, model)}
+    named(model, workspace, "model")  # refused here as what it is called there
+    return {"init_from": model}
 
 
 def _of_base(config: TrainConfig, workspace: Workspace) -> tuple[int, str]:

@@ -4,6 +4,8 @@ from typing import Any
 
 from storage import registry
 from storage.datasets import Splits
+from storage.errors import BadName
+from storage.files import quoted
 from storage.inspection import inspect
 from storage.machine import available_memory
 from storage.runs import Run, Workspace
@@ -14,18 +16,26 @@ from training.presets import GPT2_WIDTH, PRESETS
 ACTIVATION_BYTES = 32  # of a token in a layer, by width: what the backward pass needs of the forward one, at least
 
 
-def reference(config: TrainConfig, workspace: Workspace) -> registry.ModelReference:
-    """Return the trained model that a resolved config starts from.
+def named(name: str, workspace: Workspace, field: str) -> registry.ModelReference:
+    """Return the trained model called `name`: a pretrained name, my_run, my_run/best, or a path of load_model.
 
-    A pretrained name, my_run, my_run/best, or a path as load_model takes it. Raises StorageError.
+    Raises StorageError; for what can be no such name one that names `field`, where it was given.
     """
-    name = str(config.model_type if config.init_from == "pretrained" else config.init_from)
     if name in registry.pretrained_names(workspace):
         return registry.resolve(workspace, model_type=name)
     run, slash, file = name.partition("/")
-    if not slash:
-        return registry.resolve(workspace, model_path=f"out/{run}")
-    return registry.resolve(workspace, model_path=f"out/{run}/best.pt" if file == "best" else name)
+    path = f"out/{run}" if not slash else f"out/{run}/best.pt" if file == "best" else name
+    try:
+        return registry.resolve(workspace, model_path=path)
+    except BadName:
+        rule = "it must be a pretrained name, a run or a checkpoint: gpt2, my_run, my_run/best, out/my_run/ckpt.pt"
+        raise BadName(f"{field} is {quoted(name)}; {rule}") from None
+
+
+def reference(config: TrainConfig, workspace: Workspace) -> registry.ModelReference:
+    """Return the trained model that a resolved config starts from. Raises StorageError."""
+    name = config.model_type if config.init_from == "pretrained" else config.init_from
+    return named(str(name), workspace, "init_from")
 
 
 def require_thin(rank: int | None, width: int) -> None:
