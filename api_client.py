@@ -17,7 +17,7 @@ try:
     import click
 
     from client.api import ApiClient, Reply
-    from client.commands import INTERRUPTED, command, global_options
+    from client.commands import INTERRUPTED, command, global_options, run_to_end
     from client.compare import compare, save_picture
     from client.follow import follow, standing
     from client.options import SAMPLING, TRAINING, check_name, check_names, given, options, parse_settings, read_prompt
@@ -335,7 +335,7 @@ def main() -> None:
     for out in (sys.stdout, sys.stderr):
         out.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
-        cli(prog_name="api_client.py")
+        sys.exit(run_to_end(cli, "api_client.py"))
     except ModuleNotFoundError as error:
         sys.exit(f"{error.name} is not installed for this Python; after `make setup` use .venv/bin/python")
 

@@ -36,6 +36,22 @@ def connect() -> ApiClient:
     return ApiClient(url, meta.get("api_key") or os.environ.get("LM_SERVER_API_KEY") or None)
 
 
+def run_to_end(group: click.Group, program: str) -> int:
+    """Run the command line as click does, and return its exit code: after Ctrl-C the shells' one, wherever it was.
+
+    click says Abort both of Ctrl-C, at a question or while it parses, and of what it has 1 for: no, and Ctrl-D.
+    """
+    try:
+        return group.main(prog_name=program, standalone_mode=False) or 0
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except click.Abort as error:
+        interrupted = isinstance(error.__context__, KeyboardInterrupt)
+        click.echo("stopped" if interrupted else "Aborted!", err=True)
+        return INTERRUPTED if interrupted else 1
+
+
 def command(group: click.Group, name: str, **settings: Any) -> Callable[..., Any]:
     """Register a function as a command that gets a client and takes the global options after its name, too.
 

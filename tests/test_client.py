@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -744,6 +745,37 @@ def test_ctrl_c_while_the_client_is_still_imported_ends_it_without_a_traceback(t
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     done = start("status", url="http://127.0.0.1:1")
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+INTERRUPTIBLE = "import signal, api_client, click; signal.signal(signal.SIGINT, signal.default_int_handler); "
+
+
+@pytest.mark.parametrize("what", ["jobs", "datasets"])
+def test_ctrl_c_at_a_question_is_the_shells_exit_code_and_changes_nothing(server, what):
+    command = [sys.executable, "-c", INTERRUPTIBLE + "api_client.main()", what, "delete", "mine", "--url", server.url]
+    child = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    with child:
+        asked = b""
+        while not asked.endswith(b"]: "):  # from then on it waits for an answer
+            asked += (byte := child.stderr.read(1))
+            assert byte, asked
+        child.send_signal(signal.SIGINT)
+        assert child.stderr.read() == b"stopped\n" and child.wait() == 130
+    assert server.requests == []
+
+
+def test_ctrl_c_while_click_parses_is_the_shells_exit_code():
+    parsing = "click.Command.parse_args = lambda *words: signal.raise_signal(signal.SIGINT); api_client.main()"
+    command = [sys.executable, "-c", INTERRUPTIBLE + parsing, "status", "--url", "http://127.0.0.1:1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\nstopped\n")
+
+
+@pytest.mark.parametrize("answer", ["", "n\n"], ids=["Ctrl-D", "no"])
+def test_no_answer_and_no_keep_clicks_exit_code(server, answer):
+    command = [sys.executable, "api_client.py", "jobs", "delete", "mine", "--url", server.url]
+    done = subprocess.run(command, cwd=ROOT, input=answer, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 1 and done.stderr.endswith("Aborted!\n") and server.requests == []
 
 
 def test_help_needs_neither_requests_nor_rich():
