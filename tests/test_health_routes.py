@@ -2,6 +2,9 @@
 
 import json
 import re
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 from fakes import FakeServer, byte_tokenizer
@@ -9,6 +12,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from web.health_routes import STATIC
 from web.openai_schemas import CompletionBody
+
+PAGE = Path(__file__).parent / "page.mjs"
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +123,20 @@ def test_every_module_and_element_that_the_page_names_is_there():
         text = (STATIC / script).read_text()
         assert all((STATIC / name).is_file() for name in re.findall(r'from "\./([\w.]+)"', text))
         assert [name for name in re.findall(r'\$\("([\w-]+)"\)', text) if f'id="{name}"' not in page] == []
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+def test_the_page_says_which_place_a_job_has_and_why_it_waits(tmp_path):
+    folder = shutil.copytree(STATIC, tmp_path / "static")
+    (folder / "package.json").write_text('{"type": "module"}')
+    reason = "max_jobs is 1; running now: <b>a</b>"
+    jobs = [{"name": "a", "state": "running"}, {"name": "b", "state": "queued"}]
+    jobs[1] |= {"queue_position": 1, "queue_reason": reason}
+    command = ["node", str(PAGE), str(folder), json.dumps(jobs)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    rows = json.loads(done.stdout)
+    assert [row.split()[0] for row in rows] == ["a", "b", "b"]
+    assert rows[2] == f"b has place 1 in the queue ({reason})"
 
 
 def test_our_pages_name_no_other_address_and_have_no_inline_script():

@@ -114,6 +114,12 @@ function jobButtons(job) {
   ];
 }
 
+/** Say which place a job has in the queue, and why it waits. */
+function waits(job) {
+  if (!job.queue_position) return "";
+  return `${job.name} has place ${job.queue_position} in the queue${job.queue_reason ? ` (${job.queue_reason})` : ""}`;
+}
+
 function jobRow(job) {
   const bar = el("progress", { max: job.max_iters ?? 1, value: job.iter_num ?? 0 });
   const cells = [
@@ -121,9 +127,8 @@ function jobRow(job) {
     number(job.best_val_loss), number(job.tokens_per_second, 0), duration(job.state === "running" ? job.eta_seconds : null),
   ].map((content) => el("td", {}, content));
   const row = el("tr", {}, ...cells, el("td", {}, ...jobButtons(job)));
-  const wrong = job.error ?? job.damaged;
-  if (!wrong) return [row];
-  return [row, el("tr", {}, el("td", { className: "error", colSpan: 8 }, wrong))];
+  const below = (className, text) => (text ? [el("tr", {}, el("td", { className, colSpan: 8 }, text))] : []);
+  return [row, ...below("note", waits(job)), ...below("error", job.error ?? job.damaged)];
 }
 
 async function refreshJobs() {
