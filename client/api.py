@@ -28,6 +28,10 @@ DEFAULT_URL = "http://127.0.0.1:5000"
 ADDRESS = re.compile(r"https?://(\[[0-9a-fA-F:.]+\]|[^\s/:@?#\[\]]+)(:\d{1,5})?(/[^\s?#]*)?")
 CONNECT_SECONDS = 5.0
 LONG_SECONDS = 900.0  # loading, generating without a stream, exporting
+HINTS = {  # what the server's sentence means on this command line
+    401: " (the key goes into --api_key or LM_SERVER_API_KEY)",
+    501: " (here with `generate`)",
+}
 # Control characters, and the marks that turn the direction of text round: a server's text must not drive a terminal.
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
@@ -128,6 +132,9 @@ class ApiClient:
         more |= {"timeout": (CONNECT_SECONDS, seconds), "allow_redirects": False}
         try:
             response = self.session.request(method, self.url + path, **more)
+        except requests.exceptions.SSLError as error:
+            why = "its certificate is not trusted, or it speaks http://, as this project's server does by itself"
+            raise ApiError(f"no https with {self.url}: {why}", exit_code=3) from error
         except requests.RequestException as error:
             if hasattr(next(iter(error.args), None), "reason"):  # urllib3 gave up before there was a connection
                 start = "start one with `python api_server.py` or `make run`, or name another with --url"
@@ -148,8 +155,9 @@ class ApiClient:
             message = complaint(json_object(response.content, "the error")["error"])
         except (ApiError, KeyError, requests.RequestException):
             message = f"{self.url}{path} answers {status} {response.reason}; is that this project's server?"
-        hint = " (the key goes into --api_key or LM_SERVER_API_KEY)" if status == 401 else ""
-        return ApiError(message + hint, away=status in (502, 503, 504))
+        if status == 404 and self.url.endswith("/v1"):
+            message += " (give --url without /v1)"
+        return ApiError(message + HINTS.get(status, ""), away=status in (502, 503, 504))
 
     def call(self, method: str, path: str, body: Reply | None = None, **more: Any) -> Reply:
         """Send JSON and return the JSON object of the reply."""

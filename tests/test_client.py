@@ -580,7 +580,8 @@ def test_a_first_message_that_is_refused_is_an_error(server):
     body = json.dumps({"error": {"message": "mine completes text"}}).encode()
     server.answers["POST /v1/chat/completions"] = (501, "application/json", body)
     done = run("chat", stdin="one\ntwo\n")
-    assert done.exit_code == 1 and "mine completes text" in done.stderr and len(server.requests) == 1
+    assert done.exit_code == 1 and len(server.requests) == 1
+    assert done.stderr == "Error: mine completes text (here with `generate`)\n"
 
 
 # ---- following a job
@@ -736,6 +737,18 @@ def test_a_server_that_is_not_there_is_exit_code_3_and_one_line_that_says_what_t
     done = start("status", url="http://127.0.0.1:1")
     assert done.returncode == 3 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "python api_server.py" in done.stderr and "make run" in done.stderr
+
+
+def test_https_where_http_is_spoken_is_told_from_a_server_that_is_not_there(server):
+    done = start("status", url=server.url.replace("http://", "https://"))
+    assert done.returncode == 3 and "no https with https://127.0.0.1:" in done.stderr
+    assert "it speaks http://" in done.stderr and "make run" not in done.stderr
+
+
+def test_the_address_that_openais_clients_take_is_one_too_long(server):
+    done = start("status", url=f"{server.url}/v1")
+    assert done.returncode == 1 and done.stderr.endswith("(give --url without /v1)\n")
+    assert "--url" not in start("jobs", "show", "nobody", url=server.url).stderr
 
 
 @pytest.mark.parametrize("module", ["click", "statistics"])  # the first and one of the last that are imported
