@@ -15,7 +15,11 @@ import uuid
 from functools import partial
 from typing import Any
 
-import click
+try:
+    import click
+except ModuleNotFoundError as error:  # a Python without the project's packages
+    sys.exit(f"{error.name} is not installed for this Python; after `make setup` use .venv/bin/python api_server.py")
+
 from flask import Flask, Response, g, request
 from flask_openapi3.models.info import Info
 from flask_openapi3.openapi import OpenAPI

@@ -14,7 +14,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
+try:
+    import torch
+except ModuleNotFoundError as error:  # a Python without the project's packages
+    sys.exit(f"{error.name} is not installed for this Python; after `make setup` use .venv/bin/python dry_run.py")
 
 from learning.launcher import cause, ended, run_together, threads_each
 from learning.machine import Machine

@@ -19,9 +19,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import nn
+try:
+    import numpy as np
+    import torch
+    from torch import nn
+except ModuleNotFoundError as error:  # a Python without the project's packages
+    sys.exit(f"{error.name} is not installed for this Python; after `make setup` use .venv/bin/python train.py")
 
 from learning import lora, sharing
 from learning.batches import Batches

@@ -50,7 +50,7 @@ def pick_device(asked: str) -> str:
     if asked == "auto":
         return "cuda" if present["cuda"] else "mps" if present["mps"] else "cpu"
     if not present[asked]:
-        raise ValueError(f"device is {asked!r}, but torch finds none here")
+        raise ValueError(f"device is {asked!r}, but torch finds none here; auto takes what there is")
     return asked
 
 

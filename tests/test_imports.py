@@ -111,3 +111,11 @@ def test_training_loads_neither_the_compiler_of_torch_nor_what_splits_tensors():
 
 def test_the_client_loads_neither_torch_nor_flask():
     assert loaded_by("import api_client", "torch", "flask", "pydantic") == []
+
+
+@pytest.mark.parametrize("script", ["api_server.py", "api_client.py", "train.py", "dry_run.py"])
+def test_a_python_without_the_projects_packages_is_told_in_one_line_which_has_them(script):
+    command = [sys.executable, "-ES", script]  # without what is installed
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    said = f"is not installed for this Python; after `make setup` use .venv/bin/python {script}\n"
+    assert done.returncode == 1 and done.stderr.endswith(said) and done.stderr.count("\n") == 1

@@ -92,7 +92,10 @@ def test_a_worker_that_cannot_start_ends_the_server_with_code_2(failure):
 
 def test_an_address_that_is_none_is_refused(root, capsys):
     flags = ("--host", "no.such.host.invalid", "--api_key", "a", "--port", "0")
-    assert "no.such.host.invalid cannot be used: " in refused(capsys, "--root", str(root), *flags)
+    rule = "it must be an address of this machine: "
+    assert f"host is 'no.such.host.invalid'; {rule}" in refused(capsys, "--root", str(root), *flags)
+    flags = ("--host", "192.0.2.1", "--api_key", "a", "--port", "0")  # which is nobody's (RFC 5737)
+    assert f"host is '192.0.2.1'; {rule}" in refused(capsys, "--root", str(root), *flags)
 
 
 def test_another_address_without_keys_is_refused(root, capsys, monkeypatch):
@@ -108,7 +111,7 @@ def test_a_model_that_is_not_allowed_is_refused(root, capsys):
 def test_a_busy_port_and_a_second_server_on_one_out_are_refused(server, tmp_path, capsys):
     assert ".lock is held by another server" in refused(capsys, "--root", str(server.root), "--port", "0")
     busy = refused(capsys, "--root", str(tmp_path), "--model_type", "none", "--port", str(server.port))
-    assert f"port {server.port} on 127.0.0.1 cannot be used" in busy
+    assert f"port {server.port} on 127.0.0.1 cannot be used: address already in use; choose another with --port" in busy
 
 
 def test_help_names_every_setting(capsys):

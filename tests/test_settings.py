@@ -68,6 +68,18 @@ def test_a_wrong_setting_is_named_with_its_value_and_what_it_must_be(flags, sent
     assert refused(flags) == sentence
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("LM_SERVER_PORT", "abc", "LM_SERVER_PORT is 'abc'; it must be a whole number"),
+        ("DEFAULT_DEVICE", "gpu", "DEFAULT_DEVICE is 'gpu'; it must be one of auto, cpu, cuda, mps"),
+    ],
+)
+def test_a_wrong_variable_is_refused_by_its_own_name(name, value, sentence):
+    assert refused({}, {name: value}) == sentence
+    read({"port": "1", "device": "cpu"}, {name: value})  # the flag wins
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org", ""])
 def test_an_address_that_others_can_reach_needs_keys(host):
     assert "needs api_key" in refused({"host": host})
@@ -89,7 +101,10 @@ def test_an_empty_or_missing_key_file_is_refused(tmp_path: Path):
     (tmp_path / "empty").write_text("\n")
     assert "holds no key" in refused({"host": "0.0.0.0", "api_key_file": str(tmp_path / "empty")})
     for host in ("0.0.0.0", "127.0.0.1"):
-        assert "cannot be read" in refused({"host": host, "api_key_file": str(tmp_path / "none")})
+        missing = refused({"host": host, "api_key_file": str(tmp_path / "none")})
+        assert missing.endswith("/none', which cannot be read: no such file or directory")
+    (tmp_path / "binary").write_bytes(b"\xff")
+    assert refused({"api_key_file": str(tmp_path / "binary")}).endswith("cannot be read: it is not UTF-8 text")
 
 
 def test_keys_and_tokens_are_not_in_what_is_printed():

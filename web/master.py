@@ -7,6 +7,7 @@ lets running requests end, the second ends at once.
 """
 
 import contextlib
+import errno
 import math
 import os
 import signal
@@ -44,8 +45,11 @@ def _bind(host: str, port: int) -> socket.socket:
         listener.listen(2048)
     except OSError as error:
         listener.close()
-        reason = error.strerror or str(error)
-        raise SettingsError(f"port {port} on {host} cannot be used: {reason.lower()}") from None
+        reason = (error.strerror or str(error)).lower()
+        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+            raise SettingsError(f"host is {host!r}; it must be an address of this machine: {reason}") from None
+        instead = "choose another with --port; 0 takes a free one"
+        raise SettingsError(f"port {port} on {host} cannot be used: {reason}; {instead}") from None
     return listener
 
 

@@ -138,8 +138,9 @@ class Settings:
             return self.api_key
         try:
             lines = self.api_key_file.read_text("utf-8").split()
-        except (OSError, UnicodeDecodeError):
-            raise SettingsError(f"api_key_file is {str(self.api_key_file)!r}; it cannot be read as text") from None
+        except (OSError, UnicodeDecodeError) as error:
+            reason = (error.strerror or "").lower() if isinstance(error, OSError) else "it is not UTF-8 text"
+            raise SettingsError(f"api_key_file is {str(self.api_key_file)!r}, which cannot be read: {reason}") from None
         if not lines:
             raise SettingsError(f"api_key_file is {str(self.api_key_file)!r}; it holds no key")
         return (*self.api_key, *lines)
@@ -226,11 +227,12 @@ def _checked(name: str, value: Any, metadata: Mapping[str, Any]) -> Any:
     return value
 
 
-def _given(row: Setting, flags: Mapping[str, str | None], environ: Mapping[str, str]) -> str | None:
+def _given(row: Setting, flags: Mapping[str, str | None], environ: Mapping[str, str]) -> tuple[str, str] | None:
+    """Return where a setting is given, by name, and as what; an empty variable is none."""
     flag = flags.get(row.name)
     if flag is not None:
-        return flag
-    return environ.get(row.variable) or (environ.get(row.also) if row.also else None) or None
+        return row.name, flag
+    return next(((name, environ[name]) for name in (row.variable, row.also) if environ.get(name)), None)
 
 
 def read(flags: Mapping[str, str | None], environ: Mapping[str, str]) -> Settings:
@@ -238,14 +240,15 @@ def read(flags: Mapping[str, str | None], environ: Mapping[str, str]) -> Setting
     values: dict[str, Any] = {}
     metadata = {f.name: f.metadata for f in fields(Settings)}
     for row in SETTINGS:
-        text = _given(row, flags, environ)
-        if text is None:
+        given = _given(row, flags, environ)
+        if given is None:
             continue
+        name, text = given
         try:
             values[row.name] = _checked(row.name, _convert(row.type, text), metadata[row.name])
         except ValueError as error:
             shown = "***" if metadata[row.name]["secret"] else repr(text[:80])
-            raise SettingsError(f"{row.name} is {shown}; it must be {error}") from None
+            raise SettingsError(f"{name} is {shown}; it must be {error}") from None
     settings = Settings(**values)
     _check_together(settings)
     return settings
