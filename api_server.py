@@ -53,7 +53,7 @@ from web.json_replies import JsonReplies
 from web.loading import ModelLoader, check_allowed, first_choice
 from web.metrics import Metrics
 from web.pump import Pump
-from web.settings import MIB, SETTINGS, Settings, SettingsError, read
+from web.settings import MIB, SETTINGS, Settings, SettingsError, misspelt, read
 from web.strict_json import StrictRequest, close_if_unread
 from web.watchdog import Watchdog
 
@@ -279,6 +279,8 @@ def main(argv: list[str] | None = None) -> int:
         flags: Any = command().main(argv, standalone_mode=False)
         if not isinstance(flags, dict):  # --help has been printed
             return 0
+        for sentence in misspelt(os.environ):
+            print(f"api_server.py: {sentence}", file=sys.stderr)
         serve(read(flags, os.environ))
     except click.ClickException as error:
         print(f"api_server.py: {error.format_message()} See --help.", file=sys.stderr)

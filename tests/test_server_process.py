@@ -46,6 +46,13 @@ def test_a_wrong_option_is_one_line_and_code_2():
     assert "--prot" in done.stderr and "--port" in done.stderr
 
 
+def test_a_variable_that_is_nearly_a_setting_is_told_when_the_server_starts(root, capsys, monkeypatch):
+    monkeypatch.setenv("LM_SERVER_PROT", "5001")
+    assert main(["--root", str(root), "--port", "x"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith("api_server.py: LM_SERVER_PROT is no setting") and "port is 'x'" in said[1]
+
+
 def refused(capsys, *flags: str) -> str:
     """Return the one line of a server that does not start."""
     assert main(list(flags)) == 2

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from web.settings import SETTINGS, Settings, SettingsError, read
+from web.settings import SETTINGS, Settings, SettingsError, misspelt, read
 
 
 def refused(flags: dict[str, str], environ: dict[str, str] | None = None) -> str:
@@ -78,6 +78,15 @@ def test_a_wrong_setting_is_named_with_its_value_and_what_it_must_be(flags, sent
 def test_a_wrong_variable_is_refused_by_its_own_name(name, value, sentence):
     assert refused({}, {name: value}) == sentence
     read({"port": "1", "device": "cpu"}, {name: value})  # the flag wins
+
+
+def test_a_variable_that_is_nearly_a_setting_is_named_and_no_other():
+    names = ["PROT", "MAX_JOB", "PORT", "URL", "NATIVE_CACHE", "NATIVE_SANITIZE", "SERVICE_HOST", "PORT_5000_TCP"]
+    environ = {f"LM_SERVER_{name}": "1" for name in names} | {"PROT": "1"}
+    assert misspelt(environ) == [
+        "LM_SERVER_MAX_JOB is no setting and is ignored; did you mean LM_SERVER_MAX_JOBS?",
+        "LM_SERVER_PROT is no setting and is ignored; did you mean LM_SERVER_ROOT or LM_SERVER_PORT?",
+    ]
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org", ""])

@@ -7,6 +7,7 @@ over LM_SERVER_<NAME>, that over the bare name, that over the default. An empty 
 
 # ruff: noqa: RUF009  (`setting` makes a field)
 
+import difflib
 import ipaddress
 import math
 import re
@@ -252,6 +253,18 @@ def read(flags: Mapping[str, str | None], environ: Mapping[str, str]) -> Setting
     settings = Settings(**values)
     _check_together(settings)
     return settings
+
+
+def misspelt(environ: Mapping[str, str]) -> list[str]:
+    """Return a sentence on each variable that is no setting but nearly one; others belong to somebody else."""
+    known, found = [row.variable.removeprefix(PREFIX) for row in SETTINGS], []
+    for name in sorted(environ):
+        rest = name.removeprefix(PREFIX)
+        near = [] if rest in (name, *known) else difflib.get_close_matches(rest, known, n=2)
+        if near:
+            meant = " or ".join(PREFIX + word for word in near)
+            found.append(f"{name} is no setting and is ignored; did you mean {meant}?")
+    return found
 
 
 def _check_rate_limit(rate_limit: str | None) -> None:
