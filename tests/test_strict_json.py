@@ -40,6 +40,12 @@ def test_what_python_writes_is_read(value):
     assert parse(json.dumps(value).encode()) == value
 
 
+@pytest.mark.parametrize("text", ["", "1234567890123456789012"])  # with a text of many digits integers are read apart
+def test_integers_of_twenty_digits_are_read(text):
+    value = {"a": [10**20 - 1, 1 - 10**20, 10**19, 7], "b": text, "c": [[-1], {"d": 0}]}
+    assert parse(json.dumps(value).encode()) == value
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.binary(max_size=60))
 def test_any_bytes_are_an_object_or_refused_with_a_sentence(data):
@@ -62,6 +68,7 @@ def test_any_bytes_are_an_object_or_refused_with_a_sentence(data):
         (b'{"a": -Infinity}', "a is -Infinity; it must be a finite number"),
         (b'{"a": 1e999}', "a is 1e999; it must be a finite number"),
         (b'{"a": 123456789012345678901}', "a is 123456789012345678901; it must be at most 20 digits long"),
+        (b'{"a": [1, [2, -123456789012345678901]]}', "a is -123456789012345678901; it must be at most 20 digits long"),
         (b'{"a": "\xff"}', "not valid UTF-8 at byte 7"),
         (b'{"a": "\\ud800"}', "a has a text with half of a surrogate pair"),
         (b'{"b": 1, "a": [{"c": [NaN]}]}', "a is NaN"),

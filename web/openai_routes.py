@@ -90,8 +90,8 @@ def token_ids(
     vocab_size, found = min(served.vocab_size, served.tokenizer.n_vocab), []
     for text in texts:
         ids = encode(text, served.tokenizer, limit, param) if isinstance(text, str) else text
-        wrong = next((token_id for token_id in ids if not 0 <= token_id < vocab_size), None)
-        if wrong is not None:
+        if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+            wrong = next(token_id for token_id in ids if not 0 <= token_id < vocab_size)
             message = f"{param} has token id {wrong}, which is out of vocabulary: ids are 0 to {vocab_size - 1}"
             raise Refused(400, message, param=param)
         if len(ids) > limit:

@@ -70,7 +70,7 @@ class StreamOptions(OpenAIBody):
 
 
 def _is_ids(value: Any) -> bool:
-    return isinstance(value, list) and 0 < len(value) <= MAX_IDS and all(type(item) is int for item in value)
+    return isinstance(value, list) and 0 < len(value) <= MAX_IDS and set(map(type, value)) == {int}
 
 
 def prompts(value: Any, name: str = "prompt") -> list[str | list[int]]:
