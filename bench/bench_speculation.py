@@ -26,6 +26,7 @@ from bench.measure import Figure, machine, ratio, rounds
 from bench.reference_model import random_model
 from inference.engine import Engine
 from inference.sequence import SamplingParams
+from inference.speculation import most_drafting
 from model import GPT
 from storage.checkpoints import open_model
 from storage.registry import ModelReference
@@ -120,7 +121,8 @@ def generate(engine: Engine, served: Any, on: bool, text: Text, requests: int, s
     lane = engine._pool.lane(served)
     if lane is None or served.runner != "native":
         raise RuntimeError(f"the {served.runner} runner never drafts: {served.runner_reason}")
-    lane.scheduler.speculation.on = on  # the same weights in the same memory: two engines' speeds differ by 3 %
+    # the same weights in the same memory: two engines' speeds differ by 3 %
+    lane.scheduler.speculation.most = most_drafting(served.parameters) if on else 0
     params = SamplingParams(max_new_tokens=text.new, temperature=0.0, ignore_eos=True)
     start = perf_counter()
     running = [engine.submit(served, text.prompt, params) for _ in range(requests)]

@@ -20,6 +20,7 @@ from inference.sampling import sample, score
 from inference.scheduler import Scheduler, Share, Step
 from inference.sequence import Failure, Finished, FinishReason, Sequence, Token
 from inference.slots import Slots, whole_blocks
+from inference.speculation import most_drafting
 
 if TYPE_CHECKING:
     from inference.runner import ModelRunner
@@ -61,7 +62,8 @@ class Lane:
         if cache_memory is not None:
             positions = min(positions, cache_memory // runner.position_bytes)
         self.slots = Slots(runner.slots, positions, runner.copy, runner.release)
-        self.scheduler = Scheduler(self.slots, prefill_tokens, speculation and runner.independent)
+        drafting = most_drafting(served.parameters) if speculation and runner.independent else 0
+        self.scheduler = Scheduler(self.slots, prefill_tokens, drafting)
         self.vocab_size = min(served.vocab_size, served.tokenizer.n_vocab)  # ids above are padding: no text
         self.retired = False  # a newer model serves; this one ends what it has
 

@@ -118,9 +118,9 @@ class Step:
 class Scheduler:
     """Give slots to waiting sequences, evenly among owners and else in the order they came, and build steps."""
 
-    def __init__(self, slots: Slots, prefill_tokens: int, speculation: bool = False):
+    def __init__(self, slots: Slots, prefill_tokens: int, most_drafting: int = 0):
         self.slots, self.budget = slots, PrefillBudget(prefill_tokens)
-        self.speculation = Speculation(speculation)
+        self.speculation = Speculation(most_drafting)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in the order they started
 

@@ -50,7 +50,7 @@ class At:
 
     def __init__(self, runner: Any = None, speculation: bool = False) -> None:
         self.runner, self.quiet = runner or CountingRunner(), True
-        served: Any = SimpleNamespace(vocab_size=V, tokenizer=SimpleNamespace(n_vocab=V))
+        served: Any = SimpleNamespace(vocab_size=V, parameters=1000, tokenizer=SimpleNamespace(n_vocab=V))
         self.lane = Lane(
             served,
             self.runner,

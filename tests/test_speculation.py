@@ -31,7 +31,7 @@ from inference.native_runner import NativeRunner
 from inference.scheduler import Share, Step
 from inference.sequence import Failure, Finished, FinishReason, SamplingParams, Sequence, Token
 from inference.slots import BLOCK
-from inference.speculation import CREDIT, PRICE, ROWS, Drafter, Speculation
+from inference.speculation import CREDIT, PRICE, ROWS, Drafter, Speculation, most_drafting
 from model import GPT, GPTConfig
 
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=160, vocab_size=VOCAB)
@@ -137,7 +137,7 @@ def test_drafts_that_pay_again_make_the_next_pause_short_again() -> None:
 
 
 def test_rows_to_spare_are_shared_and_there_are_none_with_many_sequences() -> None:
-    speculation = Speculation(on=True)
+    speculation = Speculation(ROWS)
     crowd = [decoding([1, 2] * 10, [1]) for _ in range(4)]
     for sequence in crowd:
         speculation.drafts([sequence])
@@ -145,7 +145,14 @@ def test_rows_to_spare_are_shared_and_there_are_none_with_many_sequences() -> No
     assert [len(draft) for draft in speculation.drafts(crowd).values()] == [2] * 4
     assert (speculation.drafted, speculation.accepted) == (16, 16)
     assert speculation.drafts(crowd * (ROWS // 4)) == {}
-    assert Speculation(on=False).drafts(crowd) == {}
+    assert Speculation(0).drafts(crowd) == {}
+
+
+def test_of_a_small_model_only_a_few_sequences_draft_beside_each_other() -> None:
+    crowd = [decoding([1, 2] * 10, [1]) for _ in range(4)]
+    small, large = Speculation(most_drafting(10**6)), Speculation(most_drafting(124 * 10**6))
+    assert len(small.drafts(crowd[:3])) == 3 and small.drafts(crowd) == {}
+    assert len(large.drafts(crowd)) == 4
 
 
 @pytest.mark.parametrize(
@@ -161,7 +168,7 @@ def test_rows_to_spare_are_shared_and_there_are_none_with_many_sequences() -> No
     ids=str,
 )
 def test_only_a_sequence_that_takes_the_greatest_logit_drafts(params: dict[str, Any]) -> None:
-    assert Speculation(on=True).drafts([decoding([1, 2] * 10, [1], **params)]) == {}
+    assert Speculation(ROWS).drafts([decoding([1, 2] * 10, [1], **params)]) == {}
 
 
 # --- a step with drafts ---
