@@ -322,8 +322,10 @@ def dataset(workspace: Workspace, name: object) -> Dataset:
     try:
         found = look_up(workspace.data, [checked])
     except NotFound:
-        known = ", ".join(d.name for d in datasets(workspace)) or "none"
-        raise NotFound(f"there is no dataset {quoted(checked)}; there are: {known}") from None
+        known = ", ".join(d.name for d in datasets(workspace))
+        upload = "nor any other; upload one: POST /api/datasets, or `python api_client.py upload FILE`"
+        there = f"; there are: {known}" if known else f", {upload}"
+        raise NotFound(f"there is no dataset {quoted(checked)}{there}") from None
     if not stat.S_ISDIR(found.st_mode):
         raise NotLoadable(f"data/{checked} is not a folder")
     return Dataset(workspace, checked)

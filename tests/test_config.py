@@ -35,7 +35,10 @@ REFUSED = [
     ({"max_iters": "20"}, "max_iters is '20'; it must be a whole number"),
     ({"max_iters": [1]}, "max_iters is a list; it must be a whole number"),
     ({"max_iter": 20}, "unknown field 'max_iter'; did you mean 'max_iters'?"),
-    ({"env": {"LD_PRELOAD": "x"}}, "unknown field 'env'"),
+    ({"env": {"LD_PRELOAD": "x"}}, "unknown field 'env'; /docs and `train.py --help` list the fields"),
+    ({"lr": 0.001}, "unknown field 'lr'; did you mean 'learning_rate'?"),
+    ({"epochs": 3}, "unknown field 'epochs'; did you mean 'max_iters'?"),
+    ({"steps": 3}, "unknown field 'steps'; did you mean 'max_iters'?"),
     ({"compile": 1}, "compile is 1; it must be true or false"),
     ({"schedule": "step"}, "schedule is 'step'; it must be one of cosine, linear, constant"),
     ({"device": "cuda:x"}, "device is 'cuda:x'; it must be auto, cpu, cuda, cuda:<number> or mps"),
@@ -181,6 +184,8 @@ def test_a_wrong_command_line_is_refused_in_a_sentence(argv, tmp_path):
 def test_a_flag_that_is_not_there_is_refused_with_the_one_that_is_meant(tmp_path):
     with pytest.raises(ConfigError, match=r"unknown argument .--max_iter=5.; did you mean --max_iters\?"):
         parse(["--dataset", "x", "--max-iter=5"], tmp_path)
+    with pytest.raises(ConfigError, match=r"unknown argument '--lr'; did you mean --learning_rate\?"):
+        parse(["--dataset", "x", "--lr", "0.1"], tmp_path)
 
 
 def test_help_shows_every_field_with_its_default(tmp_path, capsys):

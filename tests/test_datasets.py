@@ -696,6 +696,11 @@ def test_an_unknown_dataset_is_refused_with_those_that_exist(workspace):
         dataset(workspace, "other")
 
 
+def test_where_there_is_no_dataset_the_refusal_says_how_to_upload_one(workspace):
+    with pytest.raises(NotFound, match=r'no dataset "other", nor any other; upload one: .*api_client\.py upload FILE'):
+        dataset(workspace, "other")
+
+
 def test_the_old_spelling_of_shakespeare_works(workspace):
     make(workspace, "shakespeare", text_txt=TEXT)
     assert dataset(workspace, "shakesphere").name == "shakespeare"

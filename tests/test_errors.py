@@ -116,10 +116,11 @@ def test_errors_under_v1_have_openais_four_keys(server, method, path):
     [
         ("GET", "/api/jobs/x/metrics?afer=5", "unknown field 'afer'; did you mean 'after'?"),
         ("GET", "/api/jobs/x/log?folow=1", "unknown field 'folow'; did you mean 'follow'?"),
-        ("GET", "/api/models?limt=3", "unknown field 'limt'"),
-        ("GET", "/api/jobs/x?__class__=1", "unknown field '__class__'"),
-        ("DELETE", "/api/datasets/x?force=1", "unknown field 'force'"),
-        ("POST", "/api/train?dry_run=1", "unknown field 'dry_run'"),
+        ("GET", "/api/models?limt=3", "unknown field 'limt'; none may be given here"),
+        ("GET", "/api/jobs/x?__class__=1", "unknown field '__class__'; none may be given here"),
+        ("GET", "/api/jobs/x/metrics?since=1", "unknown field 'since'; there are: after, limit"),
+        ("DELETE", "/api/datasets/x?force=1", "unknown field 'force'; none may be given here"),
+        ("POST", "/api/train?dry_run=1", "unknown field 'dry_run'; none may be given here"),
     ],
 )
 def test_an_unknown_parameter_of_api_is_refused_like_an_unknown_field(server, method, path, expected):

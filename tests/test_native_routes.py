@@ -247,7 +247,14 @@ def test_a_lower_context_can_be_set(tmp_path, tokenizer):
         ({"prompt": "a", "stop": ["x"] * 17}, "stop has 17 texts; it may have at most 16"),
         ({"prompt": "a", "num_samples": 17}, "num_samples is 17; it must be at least 1 and at most 16"),
         ({"prompt": "a", "seed": -1}, "seed is -1"),
-        ({"prompt": "a", "__class__": "x"}, "unknown field '__class__'"),
+        ({"prompt": "a", "max_tokens": 3}, "unknown field 'max_tokens'; did you mean 'max_new_tokens'?"),
+        ({"prompt": "a", "n": 3}, "unknown field 'n'; did you mean 'num_samples'?"),
+        ({"text": "a"}, "unknown field 'text'; did you mean 'prompt'?"),
+        ({"input": "a"}, "unknown field 'input'; did you mean 'prompt'?"),
+        (
+            {"prompt": "a", "__class__": "x"},
+            f"unknown field '__class__'; there are: {', '.join(GenerateBody.model_fields)}",
+        ),
     ],
 )
 def test_generate_refuses(server, body, expected):

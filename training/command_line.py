@@ -10,7 +10,6 @@ then checked by TrainConfig, like any other.
 
 import argparse
 import contextlib
-import difflib
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from storage.errors import StorageError
 from storage.files import read_json
 from storage.runs import Workspace
 from training.config import ConfigError, TrainConfig, choices
+from training.strict_model import nearest
 
 
 def _help(name: str) -> str:
@@ -80,9 +80,9 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _not_known(part: str) -> ConfigError:
-    """Return the refusal of what is no flag, with the flag that is spelled most like it."""
-    near = difflib.get_close_matches(part.partition("=")[0], [f"--{name}" for name in TrainConfig.model_fields], n=1)
-    return ConfigError(f"unknown argument {part[:60]!r}; " + (f"did you mean {near[0]}?" if near else "see --help"))
+    """Return the refusal of what is no flag, with the flag that it may stand for."""
+    near = nearest(part.partition("=")[0].removeprefix("--"), TrainConfig.model_fields)
+    return ConfigError(f"unknown argument {part[:60]!r}; " + (f"did you mean --{near}?" if near else "see --help"))
 
 
 def parse(argv: list[str], root: Path, program: str = "train.py") -> tuple[TrainConfig, Workspace]:

@@ -1,11 +1,11 @@
 """StrictModel: a pydantic base for what users send, and the one sentence that says what is wrong with it.
 
-Strict types (true is not 1, "20" is not 20), finite numbers, unknown fields refused with the nearest
-known name, and an explicit null means the default. It knows no field and no HTTP.
+Strict types (true is not 1, "20" is not 20), finite numbers, unknown fields refused with the nearest known
+name or with all of them, and an explicit null means the default. It knows no HTTP, and of fields only OTHER_NAMES.
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Self
 
 import annotated_types
@@ -13,6 +13,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 SHOWN = 60  # characters of a wrong value that a message repeats
+LISTED = 16  # names of fields that a message lists
+OTHER_NAMES = {  # what other programs call a field
+    "lr": "learning_rate",
+    "epochs": "max_iters",
+    "steps": "max_iters",
+    "text": "prompt",
+    "input": "prompt",
+    "n": "num_samples",
+}
 TYPES = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
@@ -132,10 +141,23 @@ def shown(value: object) -> str:
     return text if len(text) <= SHOWN else text[:SHOWN] + "…"
 
 
+def nearest(name: str, known: Collection[str]) -> str | None:
+    """Return the known name that `name` may stand for, if any: by OTHER_NAMES, else the one spelled most like it."""
+    other = OTHER_NAMES.get(name)
+    return other if other in known else next(iter(difflib.get_close_matches(name[:SHOWN], known, n=1)), None)
+
+
 def unknown_field(name: object, model: type[BaseModel]) -> str:
-    """Return the sentence that refuses a name which `model` does not have, with its nearest."""
-    near = difflib.get_close_matches(str(name)[:SHOWN], model.model_fields, n=1)
-    return f"unknown field {shown(name)}" + (f"; did you mean {near[0]!r}?" if near else "")
+    """Return the sentence that refuses a name which `model` does not have, with the nearest or what there is."""
+    known = model.model_fields
+    near = nearest(str(name), known)
+    if near is not None:
+        hint = f"did you mean {near!r}?"
+    elif len(known) > LISTED:  # which only a training run has
+        hint = "/docs and `train.py --help` list the fields"
+    else:
+        hint = f"there are: {', '.join(known)}" if known else "none may be given here"
+    return f"unknown field {shown(name)}; {hint}"
 
 
 def _path(loc: tuple[int | str, ...]) -> str:
