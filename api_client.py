@@ -9,6 +9,9 @@ tables of options and the views; nothing of the server is imported, so that help
 
 import sys
 
+if __name__ == "__main__":  # Ctrl-C while no command is there yet to answer it
+    sys.excepthook = lambda kind, *more: sys.exit(130) if kind is KeyboardInterrupt else sys.__excepthook__(kind, *more)
+
 try:
     import json
     from pathlib import Path, PurePosixPath
@@ -25,8 +28,6 @@ try:
     from client.view import advise, megabytes, note, print_dry_run, print_reply, raw, say
 except ModuleNotFoundError as error:  # the first mistake of many: a Python without the project's packages
     sys.exit(f"{error.name} is not installed for this Python; after `make setup` use .venv/bin/python api_client.py")
-except KeyboardInterrupt:  # no command is there yet to answer it
-    sys.exit(130)
 
 
 @click.group(
@@ -75,7 +76,7 @@ def sizes(client: ApiClient) -> None:
     print_reply({"models": rows}, "models", "id kind loaded parameters disk memory")
 
 
-@command(cli, "load")
+@command(cli, "load", form="(--model_type NAME | --model_path PATH) [OPTIONS]")
 @click.option("--model_type", help="Pretrained or bundled name, such as gpt2.")
 @click.option("--model_path", help="Checkpoint or folder, such as out/my_model/ckpt.pt.")
 def load(client: ApiClient, **which: str | None) -> None:
@@ -96,7 +97,7 @@ def unload(client: ApiClient) -> None:
     advise(client, load="load --model_type tiny-shakespeare")
 
 
-@command(cli, "generate")
+@command(cli, "generate", form="--prompt TEXT [OPTIONS]")
 @click.option("--prompt", required=True, help="Text to continue; - reads standard input as it is.")
 @click.option("--max_tokens", type=int, help="New tokens at most.")
 @options(SAMPLING)
@@ -128,7 +129,7 @@ def chat(client: ApiClient, message: str | None, system: str | None, **sampling:
 # ---- training
 
 
-@command(cli, "train")
+@command(cli, "train", form="--dataset NAME --output_dir out/NAME [OPTIONS]")
 @click.option("--dataset", required=True, help="Dataset, such as stdlib or shakespeare; `datasets` lists them.")
 @click.option("--output_dir", required=True, help="Folder of the run: out/<name>.")
 @options(TRAINING)
@@ -157,7 +158,7 @@ def train(client: ApiClient, settings: tuple[str, ...], live: bool, dry_run: boo
     advise(client, follow=f"jobs follow {name}", load=f"load --model_path out/{name}/ckpt.pt")
 
 
-@cli.group("jobs", invoke_without_command=True)
+@cli.group("jobs", invoke_without_command=True, subcommand_metavar="[show NAME | stop NAME | ...]")
 @global_options
 @click.pass_context
 def jobs(context: click.Context) -> None:
@@ -279,6 +280,7 @@ def prioritize(client: ApiClient, name: str, priority: int) -> None:
 def delete(client: ApiClient, name: str, yes: bool) -> None:
     """Delete a job with its checkpoints."""
     if not yes:
+        client.job(name)  # which refuses a name that is no job's
         click.confirm(f"Delete the job {name} with its checkpoints?", abort=True, err=True)
     reply = client.delete_job(name)
     print_reply(reply) if raw() else say(f"{name} deleted; its folder is in out/.trash")

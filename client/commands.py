@@ -52,10 +52,11 @@ def run_to_end(group: click.Group, program: str) -> int:
         return INTERRUPTED if interrupted else 1
 
 
-def command(group: click.Group, name: str, **settings: Any) -> Callable[..., Any]:
+def command(group: click.Group, name: str, form: str = "[OPTIONS]", **settings: Any) -> Callable[..., Any]:
     """Register a function as a command that gets a client and takes the global options after its name, too.
 
-    `settings` are those of click's contexts.
+    `form` is how its options are written, for its usage, which wrong ones are answered with, too. `settings` are
+    those of click's contexts.
     """
 
     def register(function: Callable[..., None]) -> click.Command:
@@ -71,7 +72,7 @@ def command(group: click.Group, name: str, **settings: Any) -> Callable[..., Any
                 what = f"the answer of {client.url} has another shape than expected ({error!r})"
                 raise ApiError(f"{what}; is the server of this client's version?") from error
 
-        made: click.Command = group.command(name, context_settings=settings)(global_options(run))
+        made: click.Command = group.command(name, context_settings=settings, options_metavar=form)(global_options(run))
         return made
 
     return register

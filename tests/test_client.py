@@ -186,6 +186,11 @@ def body_of(server: FakeServer) -> dict:
     return server.requests[-1][2]
 
 
+def changes(server: FakeServer) -> list[str]:
+    """Return the requests that change something."""
+    return [f"{method} {path}" for method, path, _ in server.requests if method != "GET"]
+
+
 # ---- commands
 
 
@@ -413,7 +418,12 @@ def test_a_waiting_job_is_moved_in_the_queue(server):
 
 def test_delete_asks_first_and_no_is_no(server):
     done = run("jobs", "delete", "mine", stdin="n\n")
-    assert done.exit_code == 1 and not server.requests
+    assert done.exit_code == 1 and changes(server) == []
+
+
+def test_delete_asks_nothing_about_a_job_that_is_not_there(server):
+    done = run("jobs", "delete", "nobody", stdin="y\n")
+    assert done.exit_code == 1 and done.output == "Error: there is no such job\n" and changes(server) == []
 
 
 def test_log_prints_the_tail_or_follows(server):
@@ -468,6 +478,20 @@ def test_empty_lists_say_so(server):
 )
 def test_mistypes_are_usage_errors(server, words):
     assert run(*words).exit_code == 2 and not server.requests
+
+
+@pytest.mark.parametrize(
+    ("words", "form"),
+    [
+        (("load", "tiny-shakespeare"), "load (--model_type NAME | --model_path PATH) [OPTIONS]"),
+        (("generate", "text"), "generate --prompt TEXT [OPTIONS]"),
+        (("train", "stdlib"), "train --dataset NAME --output_dir out/NAME [OPTIONS]"),
+        (("jobs", "my_model"), "jobs [OPTIONS] [show NAME | stop NAME | ...]"),
+    ],
+)
+def test_a_word_in_the_wrong_place_is_answered_with_the_right_form_in_one_line(server, words, form):
+    done = run(*words)
+    assert done.exit_code == 2 and re.search(rf"^Usage: \S+ {re.escape(form)}$", done.stderr, re.MULTILINE)
 
 
 # ---- bad answers
@@ -760,6 +784,15 @@ def test_ctrl_c_while_the_client_is_still_imported_ends_it_without_a_traceback(t
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
+def test_ctrl_c_while_the_commands_are_defined_ends_it_without_a_traceback():
+    stop = "signal.signal(signal.SIGINT, signal.default_int_handler); signal.raise_signal(signal.SIGINT)"
+    code = "import click, runpy, signal; click.option = lambda *words, **more: exec(STOP); "
+    code += "runpy.run_path('api_client.py', run_name='__main__')"
+    command = [sys.executable, "-c", code.replace("STOP", repr(stop)), "status"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 INTERRUPTIBLE = "import signal, api_client, click; signal.signal(signal.SIGINT, signal.default_int_handler); "
 
 
@@ -774,7 +807,7 @@ def test_ctrl_c_at_a_question_is_the_shells_exit_code_and_changes_nothing(server
             assert byte, asked
         child.send_signal(signal.SIGINT)
         assert child.stderr.read() == b"stopped\n" and child.wait() == 130
-    assert server.requests == []
+    assert changes(server) == []
 
 
 def test_ctrl_c_while_click_parses_is_the_shells_exit_code():
@@ -788,7 +821,7 @@ def test_ctrl_c_while_click_parses_is_the_shells_exit_code():
 def test_no_answer_and_no_keep_clicks_exit_code(server, answer):
     command = [sys.executable, "api_client.py", "jobs", "delete", "mine", "--url", server.url]
     done = subprocess.run(command, cwd=ROOT, input=answer, capture_output=True, text=True, timeout=30)
-    assert done.returncode == 1 and done.stderr.endswith("Aborted!\n") and server.requests == []
+    assert done.returncode == 1 and done.stderr.endswith("Aborted!\n") and changes(server) == []
 
 
 def test_help_needs_neither_requests_nor_rich():
