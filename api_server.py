@@ -174,13 +174,20 @@ class ServerProcess:
 
 
 def build(settings: Settings, workspace: Workspace) -> tuple[Flask, ServerProcess]:
-    """Return the app with the real engine and jobs; called in the worker, which alone imports torch."""
-    from inference.build import half_of_memory
+    """Return the app with the real engine and jobs; called in the worker, which alone imports torch.
+
+    Raises SettingsError for a device that is not here.
+    """
+    from inference.build import half_of_memory, pick_device
     from inference.engine import Engine
     from training.local_backend import LocalBackend
 
     if settings.hf_token is not None:
         os.environ["HF_TOKEN"] = settings.hf_token  # huggingface_hub reads it there
+    try:
+        pick_device(settings.device)
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
     user_files.sweep(workspace)
     memory = settings.model_memory_bytes
     engine = Engine(

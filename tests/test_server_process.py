@@ -76,6 +76,39 @@ def test_a_pretrained_model_that_cannot_be_had_is_refused(root, capsys, monkeypa
     assert "gpt2-xl is not on this machine" in capsys.readouterr().err
 
 
+def test_a_device_that_is_not_here_is_refused_before_anything_else_is_said(tmp_path):
+    absent = "cuda" if sys.platform == "darwin" else "mps"
+    command = [sys.executable, str(ROOT / "api_server.py"), "--root", str(tmp_path), "--port", "0"]
+    command += ["--model_type", "none", "--device", absent]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == f"api_server.py: device is '{absent}', but torch finds none here; auto takes what there is\n"
+
+
+ASKED = """
+import types
+from web.master import Server, _bind
+from web.settings import Settings
+
+said = []
+server = Server(Settings(device={device!r}), _bind("127.0.0.1", 0), None, lambda: said.append("ready"))
+server.cfg.when_ready(None)
+print(said)
+for age in (1, 2):
+    process = types.SimpleNamespace(started=said.append)
+    server.cfg.post_worker_init(types.SimpleNamespace(age=age, process=process))
+print(said)
+"""
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_a_device_that_is_asked_for_is_looked_for_before_the_server_says_that_it_listens(device):
+    command = [sys.executable, "-c", ASKED.format(device=device)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    first = {"auto": ["ready"], "cuda": []}[device]
+    assert done.stdout == f"{first}\n{['ready', 1, 2]}\n", done.stderr
+
+
 FAILING = """
 from web.master import Server, _bind
 from web.settings import Settings, SettingsError

@@ -117,12 +117,23 @@ class Server(BaseApplication):  # type: ignore[misc]
             "keepalive": 15,
             "control_socket_disable": True,
             "logger_class": GunicornLogger,
-            "when_ready": lambda server: self._ready(),
-            "post_worker_init": lambda worker: worker.process.started(worker.age),
+            "when_ready": lambda server: None if self._device_asked else self._ready(),
+            "post_worker_init": self._begin,
             "worker_exit": lambda server, worker: leave(worker),
         }
         for name, value in values.items():
             self.cfg.set(name, value)
+
+    @property
+    def _device_asked(self) -> bool:
+        """Say whether a device is asked for that only the worker, which has torch, can know to be here."""
+        return self._settings.device not in ("auto", "cpu")
+
+    def _begin(self, worker: Worker) -> None:
+        """Let the built app begin to serve; the first worker says so where the master could not yet."""
+        if self._device_asked and worker.age == 1:
+            self._ready()
+        worker.process.started(worker.age)
 
     def load(self) -> Flask:
         """Build the app; called in the worker. What it refuses is one line, and ends the server."""
