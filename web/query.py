@@ -26,7 +26,8 @@ def unknown_parameters() -> list[str]:
     """Return the names in the current request's query that its route does not have."""
     if not request.args or request.url_rule is None:
         return []
-    return [name for name in request.args if name not in _known().model_fields]
+    known = _known().model_fields
+    return [name for name in request.args if name not in known]
 
 
 def check_names() -> None:
